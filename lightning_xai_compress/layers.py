@@ -1,0 +1,100 @@
+"""Which parameters of a model are compressible, found by name; what is left out is named with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from lightning_xai_compress.errors import CompressionError
+from lightning_xai_compress.plan import Skipped
+
+__all__ = ["COMPRESSIBLE_TYPES", "Layers", "find_layers"]
+
+COMPRESSIBLE_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The compressible parameters of a model, and what was left out.
+
+    Args:
+        names: Parameter names such as "net.0.weight", sorted; a tied weight once, under its first name.
+        skipped: Layers with weights that are not compressed, each with the reason.
+    """
+
+    names: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
+    """Find the weights of Linear and Conv1d/2d/3d layers.
+
+    Args:
+        model: Any module.
+        exclude: Shell-style patterns ("head*", "*.downsample.*") matched against layer and parameter names.
+
+    Raises:
+        ValueError: A pattern that matches no layer.
+        CompressionError: Nothing is left to compress.
+    """
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    matched: set[str] = set()
+    names: set[str] = set()
+    reasons: dict[str, str] = {}
+    for layer, module in model.named_modules():
+        reason = _why_not(module)
+        if reason is None:
+            continue
+        parameter = module._parameters.get("weight")
+        name = first_name[id(parameter)] if parameter is not None else f"{layer}.weight".lstrip(".")
+        hits = {pattern for pattern in exclude if fnmatchcase(layer, pattern) or fnmatchcase(name, pattern)}
+        matched |= hits
+        if hits:
+            reasons.setdefault(layer or name, f"excluded by {sorted(hits)[0]!r}")
+        elif reason:
+            reasons.setdefault(layer or name, reason)
+        else:
+            names.add(name)
+    unmatched = [pattern for pattern in exclude if pattern not in matched]
+    if unmatched:
+        candidates = ", ".join(sorted(names)[:8])
+        raise ValueError(f"exclude={unmatched} matches no layer; names look like: {candidates}")
+    names -= {name for name in names if name.rpartition(".")[0] in reasons}
+    if not names:
+        left_out = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no such layers"
+        raise CompressionError(
+            f"{type(model).__name__} has nothing to compress: expected at least one Linear or Conv1d/2d/3d layer ({left_out})"
+        )
+    return Layers(tuple(sorted(names)), tuple(Skipped(name, reason) for name, reason in sorted(reasons.items())))
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Say "" for a compressible layer, a reason for one with weights that is not, None for what has no weights."""
+    if isinstance(module, _RECURRENT):
+        return "recurrent layer: neither scored nor quantized"
+    if isinstance(module, _TRANSPOSED):
+        return "transposed convolution: neither scored nor quantized"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding: neither scored nor quantized"
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention input projection: neither scored nor quantized"
+    if not isinstance(module, COMPRESSIBLE_TYPES):
+        own = [parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() >= 2]
+        return f"{type(module).__name__} holds weights but is no Linear or Conv1d/2d/3d" if own else None
+    parameter = module._parameters.get("weight")
+    if parameter is None:
+        return (
+            "its weight is parametrized or masked by torch.nn.utils: make that permanent first "
+            "(prune.remove or parametrize.remove_parametrizations)"
+        )
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return "lazy layer that has not seen a batch yet"
+    if not torch.is_floating_point(parameter) or parameter.is_complex():
+        return f"its weight is {parameter.dtype}, not real floating point"
+    return ""
