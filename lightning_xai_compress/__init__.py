@@ -1,0 +1,82 @@
+"""PyTorch Lightning callbacks that compress a network by what its decisions rest on.
+
+Names are resolved lazily: `from lightning_xai_compress import load_compressed` needs torch, numpy, safetensors and
+constriction alone, so that it runs on the machine that deploys.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_xai_compress.callbacks import (
+        CompressedExport,
+        MixedPrecision,
+        Pruning,
+        RelevancePruning,
+        RelevanceScoring,
+        Scoring,
+        XAICompression,
+    )
+    from lightning_xai_compress.errors import ArtifactError, CompressionError, LatentCopyError, RelevanceError
+    from lightning_xai_compress.formats import load_compressed, save
+    from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, ScoreMap
+    from lightning_xai_compress.pruning import select_mask
+    from lightning_xai_compress.quantization import allocate_bits
+    from lightning_xai_compress.relevance import score
+    from lightning_xai_compress.report import Report
+
+__all__ = [
+    "ArtifactError",
+    "BitAllocation",
+    "CompressedExport",
+    "CompressionError",
+    "CompressionPlan",
+    "LatentCopyError",
+    "Mask",
+    "MixedPrecision",
+    "Pruning",
+    "RelevanceError",
+    "RelevancePruning",
+    "RelevanceScoring",
+    "Report",
+    "ScoreMap",
+    "Scoring",
+    "XAICompression",
+    "allocate_bits",
+    "load_compressed",
+    "save",
+    "score",
+    "select_mask",
+]
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "callbacks": (
+        "CompressedExport",
+        "MixedPrecision",
+        "Pruning",
+        "RelevancePruning",
+        "RelevanceScoring",
+        "Scoring",
+        "XAICompression",
+    ),
+    "errors": ("ArtifactError", "CompressionError", "LatentCopyError", "RelevanceError"),
+    "formats": ("load_compressed", "save"),
+    "plan": ("BitAllocation", "CompressionPlan", "Mask", "ScoreMap"),
+    "pruning": ("select_mask",),
+    "quantization": ("allocate_bits",),
+    "relevance": ("score",),
+    "report": ("Report",),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

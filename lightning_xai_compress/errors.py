@@ -1,6 +1,6 @@
 """What can go wrong that is not a bad argument: one family, so that one `except` catches it."""
 
-__all__ = ["ArtifactError", "CompressionError", "LatentCopyError", "RelevanceError"]
+__all__ = ["ArtifactError", "CompressionError", "LatentCopyError", "NonFiniteError", "RelevanceError"]
 
 
 class CompressionError(RuntimeError):
@@ -8,7 +8,11 @@ class CompressionError(RuntimeError):
 
 
 class RelevanceError(CompressionError):
-    """A scoring pass cannot be done, or gave values that are not finite."""
+    """A scoring pass cannot be done."""
+
+
+class NonFiniteError(RelevanceError):
+    """A scoring pass met NaN or infinity."""
 
 
 class LatentCopyError(CompressionError):

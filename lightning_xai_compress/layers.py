@@ -69,7 +69,8 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
     if not names:
         left_out = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no such layers"
         raise CompressionError(
-            f"{type(model).__name__} has nothing to compress: expected at least one Linear or Conv1d/2d/3d layer ({left_out})"
+            f"{type(model).__name__} has nothing to compress: expected at least one Linear or Conv1d/2d/3d layer "
+            f"({left_out})"
         )
     return Layers(tuple(sorted(names)), tuple(Skipped(name, reason) for name, reason in sorted(reasons.items())))
 

@@ -105,7 +105,7 @@ class BitAllocation:
 
     def __post_init__(self) -> None:
         for name, tensor in self.bits.items():
-            if tensor.numel() and not (MIN_BITS <= int(tensor.min()) and int(tensor.max()) <= MAX_BITS):
+            if tensor.numel() and not MIN_BITS <= int(tensor.min()) <= int(tensor.max()) <= MAX_BITS:
                 raise ValueError(f"bit widths of {name} must lie in {MIN_BITS}..{MAX_BITS}, got {tensor.unique()}")
 
     def __getitem__(self, name: str) -> Tensor:

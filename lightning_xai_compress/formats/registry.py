@@ -67,9 +67,7 @@ class Artifact:
 FORMATS: dict[str, Format] = {}
 
 
-def register(
-    name: str, *, filename: str, needs: tuple[str, ...] = (), extra: str = ""
-) -> Callable[[Writer], Writer]:
+def register(name: str, *, filename: str, needs: tuple[str, ...] = (), extra: str = "") -> Callable[[Writer], Writer]:
     """Register a writer as a format."""
 
     def decorate(write: Writer) -> Writer:

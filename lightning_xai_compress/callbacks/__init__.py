@@ -1,0 +1,18 @@
+"""The callbacks: the only room that knows Lightning. They say when; the other rooms say what."""
+
+from lightning_xai_compress.callbacks.compress import XAICompression
+from lightning_xai_compress.callbacks.export import CompressedExport
+from lightning_xai_compress.callbacks.precision import MixedPrecision
+from lightning_xai_compress.callbacks.pruning import Pruning, RelevancePruning
+from lightning_xai_compress.callbacks.scoring import RelevanceScoring
+from lightning_xai_compress.callbacks.session import Scoring
+
+__all__ = [
+    "CompressedExport",
+    "MixedPrecision",
+    "Pruning",
+    "RelevancePruning",
+    "RelevanceScoring",
+    "Scoring",
+    "XAICompression",
+]

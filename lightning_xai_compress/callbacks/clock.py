@@ -1,0 +1,67 @@
+"""When in a fit: positions counted in training batches, so that a phase may begin inside an epoch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["Clock", "Moment", "check_moment"]
+
+Moment = int | float
+"""A point in the fit: whole numbers are epochs, fractions in [0, 1) a share of the fit."""
+
+
+def check_moment(name: str, moment: Moment) -> None:
+    """Refuse what can be no moment of any fit.
+
+    Raises:
+        ValueError: A negative epoch, or a share outside [0, 1).
+    """
+    if isinstance(moment, bool) or not isinstance(moment, int | float):
+        raise ValueError(f"{name} must be a whole number of epochs or a share of the fit, got {moment!r}")
+    if isinstance(moment, float) and not 0 <= moment < 1:
+        raise ValueError(f"{name} as a share of the fit must lie in [0, 1), got {moment}; epochs are whole numbers")
+    if moment < 0:
+        raise ValueError(f"{name} must not be negative, got {moment}")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The length of a fit.
+
+    Args:
+        batches: Training batches from the first epoch to the end of the fit.
+        epoch_batches: Training batches of one epoch.
+        start: Batch at which this compression began: 0, or where a dense checkpoint was taken up.
+    """
+
+    batches: int
+    epoch_batches: int
+    start: int = 0
+
+    @property
+    def epochs(self) -> float:
+        """Length of the fit in epochs."""
+        return self.batches / self.epoch_batches
+
+    def batch_of(self, moment: Moment) -> int:
+        """First batch at or after a moment; a share counts from `start`, an epoch from the fit's first one."""
+        if isinstance(moment, int):
+            return max(moment * self.epoch_batches, self.start)
+        # 0.6 * 10 must not become 5 or 7 by rounding of floats
+        return self.start + math.floor(moment * (self.batches - self.start) + 1e-9)
+
+    def epoch_of(self, batch: int) -> float:
+        """Epochs done at a batch, with fraction."""
+        return batch / self.epoch_batches
+
+    def check(self, name: str, moment: Moment) -> int:
+        """Like `batch_of`, for a setting of the user.
+
+        Raises:
+            ValueError: Past the end of the fit.
+        """
+        batch = self.batch_of(moment)
+        if batch >= self.batches:
+            raise ValueError(f"{name}={moment} lies past the end of the fit, which has {self.epochs:g} epochs")
+        return batch

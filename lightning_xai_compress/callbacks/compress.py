@@ -1,0 +1,84 @@
+"""All stages in one callback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchmetrics import Metric
+
+from lightning_xai_compress.callbacks.base import CompressionCallback
+from lightning_xai_compress.callbacks.clock import Moment, check_moment
+from lightning_xai_compress.callbacks.export import CompressedExport
+from lightning_xai_compress.callbacks.precision import MixedPrecision
+from lightning_xai_compress.callbacks.pruning import Pruning, RelevancePruning
+from lightning_xai_compress.callbacks.scoring import RelevanceScoring
+from lightning_xai_compress.callbacks.session import Scoring, Stage
+from lightning_xai_compress.pruning import SelectionRule
+from lightning_xai_compress.report import Report
+
+__all__ = ["XAICompression"]
+
+
+class XAICompression(CompressionCallback):
+    """Compress a model while it trains, by what its decisions rest on.
+
+    Warm-up, then pruning by relevance, then training on quantized weights, then export: `RelevanceScoring`,
+    `RelevancePruning`, `MixedPrecision` and `CompressedExport` in one. After Soroush, Raji & Ghavami (2023),
+    arXiv 2507.05286; what that abstract leaves open is chosen here, see docs/.
+
+    Args:
+        sparsity: Share of the compressible weights to be zero at the end, in [0, 1); None to stop where the
+            non-positive set is exhausted.
+        average_bits: Mean bit width over all compressible weights, pruned ones included.
+        selection: "nonpositive" or "least", see `RelevancePruning`.
+        bits: Widths to choose from, each in 2..8.
+        warmup: When pruning begins: epochs (whole number) or a share of the fit; 0 for a model that comes trained.
+        pruning_end: When pruning is done and quantized training begins: epochs or share.
+        relevance_epochs: Epochs at whose start relevance is computed: a list, or every n; by default before each use.
+        metric: A torchmetrics metric to measure on the validation data, or the name of one that the module logs.
+        exclude: Shell-style patterns of layers to leave alone.
+        export_dir: Folder for the files and `report.json`.
+        formats: "safetensors", "onnx".
+        scoring: How relevance is computed.
+        pruning: How patiently weights are pruned.
+
+    Raises:
+        ValueError: A setting out of range; the text says which, what came and what is expected.
+        ImportError: The extra that a format needs is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float | None = None,
+        average_bits: float = 4.0,
+        selection: SelectionRule = "nonpositive",
+        bits: Sequence[int] = (2, 3, 4, 6, 8),
+        warmup: Moment = 0.25,
+        pruning_end: Moment = 0.6,
+        relevance_epochs: int | list[int] | None = None,
+        metric: Metric | str | None = None,
+        exclude: Sequence[str] = (),
+        export_dir: str | None = None,
+        formats: Sequence[str] = ("safetensors",),
+        scoring: Scoring | None = None,
+        pruning: Pruning | None = None,
+    ) -> None:
+        super().__init__()
+        check_moment("warmup", warmup)
+        check_moment("pruning_end", pruning_end)
+        self._scoring = RelevanceScoring(relevance_epochs=relevance_epochs, scoring=scoring)
+        self._pruning = RelevancePruning(
+            sparsity=sparsity, selection=selection, start=warmup, end=pruning_end, exclude=exclude, pruning=pruning
+        )
+        self._precision = MixedPrecision(average_bits=average_bits, bits=bits, start=pruning_end, exclude=exclude)
+        self._export = CompressedExport(export_dir=export_dir, formats=formats, metric=metric)
+
+    def stages(self) -> list[Stage]:
+        """All four."""
+        return [self._scoring, self._pruning, self._precision, self._export]
+
+    @property
+    def report(self) -> Report | None:
+        """The report of the last fit that ended; None before."""
+        return self._export.report

@@ -1,0 +1,104 @@
+"""The stage that says when and how finely to quantize."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from lightning_xai_compress.callbacks.base import CompressionCallback
+from lightning_xai_compress.callbacks.clock import Moment, check_moment
+from lightning_xai_compress.callbacks.scoring import RelevanceScoring
+from lightning_xai_compress.callbacks.session import Planned, Session, Stage
+from lightning_xai_compress.quantization import allocate_bits, check_bits
+
+__all__ = ["MixedPrecision"]
+
+
+class MixedPrecision(CompressionCallback, Stage):
+    """Quantize with more bits for more relevance, per output channel, and train on the quantized values from then on.
+
+    Without `RelevanceScoring` it scores for itself.
+
+    Args:
+        average_bits: Mean width over all compressible weights, pruned ones included.
+        bits: Widths to choose from, each in 2..8.
+        start: When quantized training begins: epochs (whole number) or a share of the fit.
+        exclude: Shell-style patterns of layers to leave alone.
+
+    Raises:
+        ValueError: A setting out of range; (in fit) a start past its end.
+    """
+
+    rank: ClassVar[int] = 2
+    needs_scores: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        average_bits: float = 4.0,
+        bits: Sequence[int] = (2, 3, 4, 6, 8),
+        start: Moment = 0.6,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.bits = check_bits(bits, average_bits)
+        check_moment("start of quantization", start)
+        self.average_bits = average_bits
+        self.start = start
+        self.exclude = tuple(exclude)
+        self.position = 0
+        self._done = False
+
+    def stages(self) -> list[Stage]:
+        """This one."""
+        return [self]
+
+    def begin(self, session: Session) -> None:
+        """Find the batch at which it begins."""
+        self.position = session.clock.check("start of quantization", self.start)
+
+    def phases(self) -> list[tuple[int, str]]:
+        """Where quantized training begins."""
+        return [(self.position, "quantized training")]
+
+    def planned(self, batch: int) -> Planned:
+        """The budget, once it begins."""
+        return Planned(bits=self.average_bits if batch >= self.position else None)
+
+    def advance(self, session: Session, batch: int) -> None:
+        """Allocate bits once, at the start of the phase."""
+        if self._done or batch < self.position:
+            return
+        session.start(batch)
+        scoring = session.stage(RelevanceScoring)
+        chosen = scoring is not None and scoring.relevance_epochs is not None
+        scores = session.scores if chosen and session.scores is not None else session.rescore(batch) or session.scores
+        self._done = True
+        if scores is None:
+            session.record("not quantized", batch, "not quantized: there is no finite relevance to allocate bits by")
+            return
+        weights = {name: parameter.detach() for name, parameter in session.latent.parameters.items()}
+        allocation, scales = allocate_bits(weights, scores, average_bits=self.average_bits, bits=self.bits)
+        session.latent.apply_bits(allocation, scales)
+        channels = Counter(int(width) for tensor in allocation.bits.values() for width in tensor)
+        spread = ", ".join(f"{count} at {width}" for width, count in sorted(channels.items()))
+        session.record(
+            "quantized",
+            batch,
+            f"quantized to {allocation.average_bits:.2f} bits on average (channels: {spread})",
+            average_bits=allocation.average_bits,
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether the weights are on their grids."""
+        return self._done
+
+    def state(self) -> dict[str, Any]:
+        """Whether it has begun."""
+        return {"done": self._done}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up or begin."""
+        self._done = state.get("done", False)

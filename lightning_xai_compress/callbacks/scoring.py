@@ -1,0 +1,111 @@
+"""The stage that says when relevance is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from lightning.pytorch import Trainer
+
+from lightning_xai_compress.callbacks.base import CompressionCallback
+from lightning_xai_compress.callbacks.session import Scoring, Session, Stage
+from lightning_xai_compress.plan import ScoreMap
+
+__all__ = ["RelevanceScoring"]
+
+
+class RelevanceScoring(CompressionCallback, Stage):
+    """Compute per-weight LRP relevance at chosen epochs.
+
+    Args:
+        relevance_epochs: Epochs at whose start relevance is computed: a list in rising order, or every n epochs. By
+            default right before each use: at every pruning step and before bits are allocated; without another
+            stage, at every epoch.
+        scoring: How, and on how many samples.
+
+    Attributes:
+        scores: The latest scores; None before the first pass.
+
+    Raises:
+        ValueError: Epochs that are negative, not in rising order or (in fit) past its end.
+    """
+
+    rank: ClassVar[int] = 0
+    needs_scores: ClassVar[bool] = True
+
+    def __init__(self, *, relevance_epochs: int | list[int] | None = None, scoring: Scoring | None = None) -> None:
+        super().__init__()
+        self.relevance_epochs = check_epochs(relevance_epochs)
+        self.scoring = scoring or Scoring()
+        self._done = -1
+
+    def stages(self) -> list[Stage]:
+        """This one."""
+        return [self]
+
+    @property
+    def scores(self) -> ScoreMap | None:
+        """The latest scores of this fit."""
+        return self.session.scores if self.session is not None else None
+
+    def check_settings(self, trainer: Trainer) -> None:
+        """A list must end before the fit does."""
+        epochs = self.relevance_epochs
+        if isinstance(epochs, Sequence) and trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs[-1]:
+            raise ValueError(
+                f"relevance_epochs={list(epochs)} reaches past the end of the fit: with max_epochs="
+                f"{trainer.max_epochs} the last epoch is {trainer.max_epochs - 1}"
+            )
+
+    def begin(self, session: Session) -> None:
+        """Hand the settings to the session."""
+        session.scoring = self.scoring
+        alone = not any(stage.needs_scores and stage is not self for stage in session.stages)
+        self._every = 1 if alone and self.relevance_epochs is None else 0
+        session.keeps_scores = self.relevance_epochs is not None
+
+    def advance(self, session: Session, batch: int) -> None:
+        """Score at the start of a chosen epoch, once."""
+        epoch, inside = divmod(batch, session.clock.epoch_batches)
+        if inside or epoch == self._done or not self._chosen(epoch):
+            return
+        self._done = epoch
+        scores = session.rescore(batch)
+        if scores is not None:
+            session.record("scored", batch, f"relevance from {scores.samples} samples", samples=scores.samples)
+
+    def _chosen(self, epoch: int) -> bool:
+        if self._every:
+            return True
+        if isinstance(self.relevance_epochs, int):
+            return epoch % self.relevance_epochs == 0
+        return self.relevance_epochs is not None and epoch in self.relevance_epochs
+
+    def state(self) -> dict[str, Any]:
+        """The last epoch that was scored."""
+        return {"done": self._done}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up or begin."""
+        self._done = state.get("done", -1)
+
+
+def check_epochs(epochs: int | list[int] | None) -> int | tuple[int, ...] | None:
+    """Validate `relevance_epochs`.
+
+    Raises:
+        ValueError: Not positive, empty, negative, or not in rising order.
+    """
+    if epochs is None:
+        return None
+    if isinstance(epochs, int):
+        if epochs < 1:
+            raise ValueError(f"relevance_epochs as a number means every n epochs and must be >= 1, got {epochs}")
+        return epochs
+    chosen = tuple(epochs)
+    if not chosen or any(not isinstance(epoch, int) or epoch < 0 for epoch in chosen):
+        raise ValueError(f"relevance_epochs must be a list of epochs >= 0, got {epochs}")
+    if any(later <= earlier for earlier, later in pairwise(chosen)):
+        raise ValueError(f"relevance_epochs must be in rising order, got {epochs}")
+    return chosen

@@ -1,0 +1,394 @@
+"""The state of one fit that the stages share: clock, latents, latest scores, and what has been done so far."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_xai_compress.callbacks.calibration import (
+    calibration_batches,
+    tracked_norms,
+    training_batch_size,
+    update_batchnorm,
+)
+from lightning_xai_compress.callbacks.clock import Clock
+from lightning_xai_compress.callbacks.console import progress
+from lightning_xai_compress.callbacks.latent import LatentCopy
+from lightning_xai_compress.errors import NonFiniteError
+from lightning_xai_compress.layers import find_layers
+from lightning_xai_compress.plan import ScoreMap, Skipped
+from lightning_xai_compress.relevance import Explain, score
+from lightning_xai_compress.report import dense_bytes, estimated_bytes, table
+
+__all__ = ["Planned", "Scoring", "Session", "Stage"]
+
+_BATCHNORM_SAMPLES = 4096
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How weights are scored.
+
+    Args:
+        explain: Start relevance: "margin" (true class against the others) or "logit" (true class).
+        epsilon: Stabiliser of LRP-epsilon, >= 0.
+        samples: Training samples a pass, in whole batches, >= 1. Fewer than some hundred make the signs a lottery.
+        seed: Decides which samples.
+    """
+
+    explain: Explain = "margin"
+    epsilon: float = 1e-6
+    samples: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.explain not in ("margin", "logit"):
+            raise ValueError(f"explain must be 'margin' or 'logit', got {self.explain!r}")
+        if self.epsilon < 0:
+            raise ValueError(f"epsilon must be >= 0, got {self.epsilon}")
+        if self.samples < 1:
+            raise ValueError(f"samples must be >= 1, got {self.samples}")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A point of the schedule.
+
+    Args:
+        sparsity: Share of zeros; None where the stage has no say.
+        bits: Mean width; None where the stage has no say, or weights are not quantized yet.
+        open: Whether the sparsity is a guess, since the non-positive set decides.
+    """
+
+    sparsity: float | None = None
+    bits: float | None = None
+    open: bool = False
+
+
+class Stage(ABC):
+    """One step of the work: called by the session at every batch, in the order of `rank`."""
+
+    rank: ClassVar[int]
+    needs_scores: ClassVar[bool] = False
+    exclude: tuple[str, ...] = ()
+
+    def check_settings(self, trainer: Trainer) -> None:  # noqa: B027
+        """Refuse settings that can be seen to be wrong without layers and data."""
+
+    def begin(self, session: Session) -> None:  # noqa: B027
+        """Refuse, before the first batch, what does not fit this model, its data or the length of the fit."""
+
+    def phases(self) -> list[tuple[int, str]]:
+        """Batches at which something happens, each with the phase that it belongs to, for the schedule."""
+        return []
+
+    def planned(self, batch: int) -> Planned:
+        """What will hold from a batch on, as far as this stage decides it."""
+        return Planned()
+
+    def before_compression(self, session: Session, batch: int) -> None:  # noqa: B027
+        """The weights are about to be changed for the first time."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that the stage planned has been done."""
+        return True
+
+    @abstractmethod
+    def advance(self, session: Session, batch: int) -> None:
+        """Do what is due at a batch, counted from the start of the fit."""
+
+    def finish(self, session: Session) -> None:  # noqa: B027
+        """The last batch and the last validation are over."""
+
+    def state(self) -> dict[str, Any]:
+        """What the stage must remember to continue: plain types."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take up `state`; an empty one means a fresh start."""
+
+
+class Session:
+    """One fit.
+
+    Args:
+        trainer: In fit, with data and optimizers set up.
+        module: The user's module.
+        stages: All stages in the Trainer.
+        restored: State of an earlier session to continue, or empty.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, stages: Sequence[Stage], restored: dict[str, Any]
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.stages = sorted(stages, key=lambda stage: stage.rank)
+        # a layer that one stage excludes is left alone by all: no layer is half compressed
+        layers = find_layers(module, exclude=sorted({pattern for stage in stages for pattern in stage.exclude}))
+        parameters = dict(module.named_parameters())
+        self.latent = LatentCopy({name: parameters[name] for name in layers.names})
+        self.skipped = list(layers.skipped)
+        self.scoring = Scoring()
+        self.keeps_scores = False
+        self.scores: ScoreMap | None = None
+        self.history: list[dict[str, Any]] = []
+        self.halted = ""
+        self.started = False
+        self._shares: dict[str, float] = {}
+        self.clock = _clock(trainer)
+        self._norms = tracked_norms(module)
+        self._norms_of_step = -1
+        self._closed = False
+        self._load(restored)
+
+    def begin(self) -> None:
+        """Check everything once, then watch the optimizers.
+
+        Raises:
+            ValueError, CompressionError: What is wrong, before the first batch.
+        """
+        for stage in self.stages:
+            stage.begin(self)
+        self._probe()
+        self.latent.attach(self.trainer.optimizers)
+        if self.trainer.is_global_zero:
+            print(f"\n{self.schedule()}\n")
+
+    def schedule(self) -> str:
+        """The plan as a small table; sizes are estimates."""
+        points = {self.clock.start: "warm-up"}
+        for stage in self.stages:
+            points |= dict(_thinned(stage.phases()))
+        dense = dense_bytes(self.module)
+        weights = sum(parameter.numel() for parameter in self.latent.parameters.values())
+        rows = []
+        for batch, phase in sorted(points.items()):
+            plans = [stage.planned(batch) for stage in self.stages]
+            sparsity = next((plan.sparsity for plan in plans if plan.sparsity is not None), 0.0)
+            bits = next((plan.bits for plan in plans if plan.bits is not None), None)
+            guess = "~" if any(plan.open for plan in plans) else ""
+            size = estimated_bytes(dense, weights, sparsity, bits)
+            rows.append(
+                (
+                    f"{self.clock.epoch_of(batch):g}"[:6],
+                    phase,
+                    f"{guess}{sparsity:.1%}",
+                    "32" if bits is None else f"{bits:g}",
+                    f"~{size / 1000:,.1f} kB ({size / dense:.1%})",
+                )
+            )
+        rows.append((f"{self.clock.epochs:g}", "end", "", "", ""))
+        return table(("from epoch", "phase", "sparsity", "bits", "estimated size"), rows)
+
+    def advance(self, batch_idx: int) -> None:
+        """Let every stage do what is due at this batch of the epoch."""
+        for stage in self.stages:
+            stage.advance(self, self.position(batch_idx))
+
+    def finish(self) -> None:
+        """BatchNorm, then the stages' last words."""
+        self.latent.settle()
+        self.refresh_batchnorm()
+        for stage in self.stages:
+            stage.finish(self)
+
+    def close(self) -> None:
+        """Leave the model compressed and usable; may be called twice."""
+        if not self._closed:
+            self._closed = True
+            self.latent.detach()
+
+    # --- what the stages use
+
+    def stage(self, kind: type[Any]) -> Any:
+        """The stage of a class, or None."""
+        return next((stage for stage in self.stages if isinstance(stage, kind)), None)
+
+    def position(self, batch_idx: int) -> int:
+        """Batches since the start of the fit."""
+        return self.trainer.current_epoch * self.clock.epoch_batches + batch_idx
+
+    def start(self, batch: int) -> None:
+        """Tell all stages, once, that the weights are about to change."""
+        if not self.started:
+            self.started = True
+            for stage in self.stages:
+                stage.before_compression(self, batch)
+
+    def rescore(self, batch: int) -> ScoreMap | None:
+        """Score all layers on training samples; None, and a halt, where relevance is not finite."""
+        samples = max(self.scoring.samples, 1)
+        total = max(1, -(-samples // training_batch_size(self.trainer)))
+        seed = self.scoring.seed * 1_000_003 + batch
+        try:
+            with progress(self.trainer, "relevance", total) as advance:
+                self.scores = score(
+                    self.module,
+                    calibration_batches(self.trainer, samples=samples, seed=seed),
+                    layers=tuple(self.latent.parameters),
+                    explain=self.scoring.explain,
+                    epsilon=self.scoring.epsilon,
+                    on_batch=advance,
+                )
+        except NonFiniteError as error:
+            self.halt(f"relevance is not finite: {error}")
+            return None
+        sums = {name: float(tensor.abs().sum()) for name, tensor in self.scores.relevance.items()}
+        total_relevance = sum(value for value in sums.values() if value == value)
+        self._shares = {
+            name: value / total_relevance for name, value in sums.items() if value == value and total_relevance > 0
+        }
+        return self.scores
+
+    @property
+    def relevance_shares(self) -> dict[str, float]:
+        """Share of each layer in all absolute relevance at the latest scoring."""
+        return dict(self._shares)
+
+    def halt(self, reason: str) -> None:
+        """Stop pruning for good, keep the weights as they are, and say so."""
+        if not self.halted:
+            self.halted = reason
+            rank_zero_warn(f"pruning stops here and the last good weights are kept: {reason}")
+
+    def record(self, event: str, batch: int, message: str, **facts: float | int | str) -> None:
+        """Remember a step for the report, and say it once."""
+        self.history.append({"event": event, "epoch": round(self.clock.epoch_of(batch), 4), **facts})
+        rank_zero_info(f"[compression] epoch {self.clock.epoch_of(batch):.2f}: {message}")
+
+    # --- during training
+
+    def on_epoch_start(self) -> None:
+        """Remember which BatchNorm layers train, since validation shows all in evaluation mode."""
+        self._norms = tracked_norms(self.module)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Keep a step with non-finite gradients away from the weights; a gradient scaler does that itself."""
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not scaled and not _finite_gradients(optimizer):
+            optimizer.zero_grad(set_to_none=True)
+            self.halt(f"loss or gradients are not finite at step {self.trainer.global_step}; such steps are left out")
+        self.latent.before_step(optimizer)
+
+    def refresh_batchnorm(self) -> None:
+        """Estimate BatchNorm statistics of compressed weights anew, once per set of weights."""
+        changed = self.latent.keep or self.latent.quantized
+        if not changed or self._norms_of_step == self.trainer.global_step or not self._norms:
+            return
+        self._norms_of_step = self.trainer.global_step
+        validating = self.trainer.validating
+        self.trainer.training = True  # the batch hooks ask, and these are training batches
+        try:
+            with self.trainer.precision_plugin.forward_context():
+                update_batchnorm(
+                    self.module,
+                    self._norms,
+                    calibration_batches(self.trainer, samples=_BATCHNORM_SAMPLES, seed=self.trainer.global_step),
+                )
+        finally:
+            if validating:
+                self.trainer.validating = True
+
+    # --- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types."""
+        state: dict[str, Any] = {
+            "start": self.clock.start,
+            "latent": self.latent.state_dict(),
+            "stages": {type(stage).__name__: stage.state() for stage in self.stages},
+            "history": [dict(event) for event in self.history],
+            "skipped": [asdict(entry) for entry in self.skipped],
+            "halted": self.halted,
+            "started": self.started,
+            "relevance_shares": dict(self._shares),
+        }
+        if self.keeps_scores and self.scores is not None:
+            state["scores"] = {
+                "score": dict(self.scores.score),
+                "relevance": dict(self.scores.relevance),
+                "sensitivity": dict(self.scores.sensitivity),
+                "samples": self.scores.samples,
+            }
+        return state
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for stage in self.stages:
+            stage.load(state.get("stages", {}).get(type(stage).__name__, {}))
+        if not state:
+            return
+        self.clock = _clock(self.trainer, start=state["start"])
+        self.latent.load_state_dict(state["latent"])
+        self.history = list(state["history"])
+        self.skipped = [Skipped(**entry) for entry in state["skipped"]]
+        self.halted = state["halted"]
+        self.started = state["started"]
+        self._shares = dict(state["relevance_shares"])
+        if "scores" in state:
+            self.scores = ScoreMap(**state["scores"])
+
+    def _probe(self) -> None:
+        """Score one batch: finds a batch that is not understood, and layers that get no relevance."""
+        if not any(stage.needs_scores for stage in self.stages):
+            return
+        batches = calibration_batches(self.trainer, samples=1, seed=self.scoring.seed)
+        try:
+            scores = score(self.module, batches, layers=tuple(self.latent.parameters), explain=self.scoring.explain)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"relevance is not finite before the first batch: {error}") from error
+        known = {entry.name for entry in self.skipped}
+        for name in scores.unknown:
+            layer = name.rpartition(".")[0] or name
+            if layer not in known:
+                reason = "relevance unknown (not reached by an ordinary layer call): never pruned, largest bit width"
+                self.skipped.append(Skipped(layer, reason))
+
+
+def _thinned(points: list[tuple[int, str]], most: int = 6) -> list[tuple[int, str]]:
+    """At most so many of the points, first and last among them."""
+    if len(points) <= most:
+        return points
+    return [points[index * (len(points) - 1) // (most - 1)] for index in range(most)]
+
+
+def _finite_gradients(optimizer: Optimizer) -> bool:
+    gradients = [
+        parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    return not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+
+
+def _clock(trainer: Trainer, start: int | None = None) -> Clock:
+    """The length of the fit in batches.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    epoch = trainer.num_training_batches
+    limits = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and epoch != float("inf"):
+        limits.append(trainer.max_epochs * int(epoch))
+    if trainer.max_steps >= 0:
+        limits.append(trainer.max_steps * trainer.accumulate_grad_batches)
+    if not limits:
+        raise ValueError(
+            "the length of the fit is not known, so its phases cannot be laid out: set Trainer(max_steps=...), or "
+            "max_epochs together with limit_train_batches or a dataset that has a length"
+        )
+    batches = max(min(limits), 1)
+    epoch_batches = batches if epoch == float("inf") else max(int(epoch), 1)
+    if start is None:
+        start = min(trainer.current_epoch * epoch_batches, batches - 1)
+    return Clock(batches, epoch_batches, start)

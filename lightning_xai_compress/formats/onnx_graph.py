@@ -1,0 +1,229 @@
+"""What turns a traced graph into a compressed one: integer weights, dequantized by the graph itself.
+
+The weights that are to be quantized enter the traced graph as inputs, so that no optimizer folds, transposes or renames
+them. Here each such input gives way to integer initializers and the nodes that dequantize them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_xai_compress.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, TensorProto
+
+__all__ = [
+    "INT2_VERSIONS",
+    "INT4_VERSIONS",
+    "clean",
+    "holds_float",
+    "integer_codes",
+    "quantize_input",
+    "readers",
+    "storage_width",
+]
+
+INT4_VERSIONS = (21, 10)
+"""Opset and IR version that INT4 came with."""
+
+INT2_VERSIONS = (25, 13)
+"""Opset and IR version that INT2 came with."""
+
+
+def storage_width(bits: Tensor) -> Tensor:
+    """Narrowest ONNX integer type that holds each width: 2 for 2, 4 for 3 and 4, 8 for 5 to 8."""
+    return torch.where(bits <= 2, 2, torch.where(bits <= 4, 4, 8))
+
+
+def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
+    """Recover the integer codes of a weight that lies on its grid.
+
+    Args:
+        name: Parameter name, for the error.
+        weight: Weight, one channel per index of the first dimension.
+        scale: Step of each channel, shape [channels], >= 0; codes of a channel of step 0 are 0.
+        bits: Width of each channel, shape [channels].
+
+    Returns:
+        int8 tensor in the shape of the weight, on the CPU.
+
+    Raises:
+        ArtifactError: Shapes do not fit, or a weight is not a code within +-(2^(bits-1) - 1) times its scale.
+    """
+    weight, scale, bits = weight.detach().cpu(), scale.detach().cpu().float(), bits.detach().cpu().long()
+    channels = weight.shape[0] if weight.dim() else 0
+    if scale.shape != (channels,) or bits.shape != (channels,):
+        raise ArtifactError(
+            f"{name} has {channels} output channels, but {tuple(scale.shape)} scales and {tuple(bits.shape)} bit widths"
+        )
+    step = scale.double().reshape(-1, *[1] * (weight.dim() - 1))
+    codes = torch.where(step > 0, (weight.double() / step.where(step > 0, 1.0)).round(), 0.0)
+    limit = (2 ** (bits - 1) - 1).double().reshape(step.shape)
+    off = ((codes * step).to(weight.dtype) != weight) | (codes.abs() > limit)
+    if off.any():
+        channel = int(off.flatten(1).any(dim=1).nonzero()[0])
+        raise ArtifactError(
+            f"{name} does not lie on its grid: {int(off.sum())} of {off.numel()} weights are off, the first in channel "
+            f"{channel} (scale {scale[channel].item():.6g}, {int(bits[channel])} bits). "
+            "The model must hold the quantized weights that the plan describes"
+        )
+    return codes.to(torch.int8)
+
+
+def quantize_input(graph: GraphProto, name: str, codes: Tensor, scale: Tensor, bits: Tensor, dtype: int) -> None:
+    """Replace a graph input by integer initializers and the nodes that dequantize them, along axis 0.
+
+    Rows of several storage types become one initializer a type; the graph puts them together and back into order.
+
+    Args:
+        graph: Graph to edit.
+        name: Name of the input: what its consumers read is afterwards the dequantized weight.
+        codes: int8 tensor in the shape of the weight.
+        scale: float32 scales, shape [channels].
+        bits: Widths, shape [channels].
+        dtype: ONNX element type that the consumers expect.
+    """
+    from onnx import TensorProto, helper
+
+    types = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
+    scale, storage = scale.detach().cpu().float(), storage_width(bits.detach().cpu())
+    widths = sorted(set(storage.tolist()))
+    rows = [torch.nonzero(storage == width).flatten() for width in widths]
+    order = torch.cat(rows)
+    nodes, parts = [], []
+    for width, members in zip(widths, rows, strict=True):
+        integers, scales, part = f"{name}.int{width}", f"{name}.int{width}.scale", f"{name}.int{width}.float"
+        graph.initializer.append(_tensor(integers, types[width], codes[members], _pack(codes[members], width)))
+        graph.initializer.append(_tensor(scales, TensorProto.FLOAT, scale[members], scale[members].numpy().tobytes()))
+        nodes.append(helper.make_node("DequantizeLinear", [integers, scales], [part], name=part, axis=0))
+        parts.append(part)
+    # onnxruntime turns a bare DequantizeLinear -> MatMul into a product with 8-bit activations; a Concat is in its way
+    if len(parts) > 1 or (codes.dim() == 2 and readers(graph, name) != {"Gemm"}):
+        nodes.append(helper.make_node("Concat", parts, [f"{name}.rows"], name=f"{name}.rows", axis=0))
+    if not torch.equal(order, torch.arange(len(order))):
+        back = torch.argsort(order).to(torch.int32)
+        graph.initializer.append(_tensor(f"{name}.order", TensorProto.INT32, back, back.numpy().tobytes()))
+        inputs = [nodes[-1].output[0], f"{name}.order"]
+        nodes.append(helper.make_node("Gather", inputs, [f"{name}.sorted"], name=f"{name}.sorted", axis=0))
+    if dtype != TensorProto.FLOAT:
+        nodes.append(helper.make_node("Cast", [nodes[-1].output[0]], [f"{name}.cast"], name=f"{name}.cast", to=dtype))
+    nodes[-1].output[0] = name
+    for position, node in enumerate(nodes):
+        graph.node.insert(position, node)
+    graph.input.remove(next(entry for entry in graph.input if entry.name == name))
+
+
+def readers(graph: GraphProto, name: str) -> set[str]:
+    """Types of the nodes that read a value."""
+    return {node.op_type for part in _graphs(graph) for node in part.node if name in node.input}
+
+
+def holds_float(graph: GraphProto, weight: Tensor) -> bool:
+    """Whether a float initializer, or its transpose, is this weight."""
+    weight = weight.detach().cpu().contiguous()
+    wanted = {form.contiguous().numpy().tobytes() for form in (weight, weight.transpose(0, -1))}
+    return any(entry.raw_data in wanted for entry in graph.initializer)
+
+
+def clean(model: ModelProto, names: Mapping[str, str], *, prefix: str, batched: Sequence[str]) -> None:
+    """Take out of a traced graph what a user does not need: stack traces with paths, hints, odd names.
+
+    Args:
+        model: Model to edit; afterwards the same network gives the same bytes.
+        names: New names of values; another value that has such a name already gives way.
+        prefix: What the wrapper put before the names of parameters.
+        batched: Inputs, by their new names, whose first dimension is to be called "batch".
+    """
+    model.doc_string = ""
+    model.ClearField("metadata_props")
+    for graph in _graphs(model.graph):
+        graph.doc_string = ""
+        graph.ClearField("metadata_props")
+        graph.ClearField("value_info")
+        for entry in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+            entry.doc_string = ""
+            entry.ClearField("metadata_props")
+    _rename(model.graph, names, prefix)
+    _name_dimensions(model.graph, batched)
+
+
+def _rename(graph: GraphProto, names: Mapping[str, str], prefix: str) -> None:
+    """Rename values everywhere in the graph, keeping names unique."""
+    taken, renamed = set(names.values()), dict(names)
+    for old in _names(graph):
+        if old not in renamed:
+            new = old.removeprefix(prefix)
+            while new in taken:
+                new += "_"
+            taken.add(new)
+            renamed[old] = new
+    for part in _graphs(graph):
+        for entry in (*part.initializer, *part.input, *part.output):
+            entry.name = renamed[entry.name]
+        for node in part.node:
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+            node.output[:] = [renamed.get(name, name) for name in node.output]
+
+
+def _name_dimensions(graph: GraphProto, batched: Sequence[str]) -> None:
+    """Call the symbols of dynamic dimensions batch, dim_1, dim_2 ..., in order of appearance."""
+    symbols: dict[str, str] = {}
+    inputs = {entry.name: entry.type.tensor_type.shape.dim for entry in graph.input}
+    for name in batched:
+        symbol = inputs[name][0].dim_param
+        if symbol and not symbol.isdigit():
+            symbols.setdefault(symbol, f"batch_{name}" if symbols else "batch")
+
+    def rename(match: re.Match[str]) -> str:
+        return symbols.setdefault(match.group(), f"dim_{len(symbols)}")
+
+    for entry in (*graph.input, *graph.output):
+        for dimension in entry.type.tensor_type.shape.dim:
+            if dimension.dim_param.isdigit():  # the exporter's way to write a size that turned out constant
+                dimension.dim_value = int(dimension.dim_param)
+            elif dimension.dim_param:
+                dimension.dim_param = re.sub(r"\b[su]\d+\b", rename, dimension.dim_param)
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """Yield the graph and all graphs inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node:
+                    yield from _graphs(inner)
+
+
+def _names(graph: GraphProto) -> list[str]:
+    """All names of values anywhere in the graph, each once."""
+    names: dict[str, None] = {}
+    for part in _graphs(graph):
+        names |= dict.fromkeys(entry.name for entry in (*part.initializer, *part.input, *part.output))
+        names |= dict.fromkeys(output for node in part.node for output in node.output if output)
+    return list(names)
+
+
+def _tensor(name: str, data_type: Any, values: Tensor, raw: bytes) -> TensorProto:
+    from onnx import TensorProto
+
+    return TensorProto(name=name, data_type=data_type, dims=list(values.shape), raw_data=raw)
+
+
+def _pack(codes: Tensor, width: int) -> bytes:
+    """Two's complement codes in bytes, several in one, the first in the lowest bits."""
+    per_byte = 8 // width
+    flat: npt.NDArray[np.uint8] = codes.numpy().reshape(-1).view(np.uint8) & np.uint8(2**width - 1)
+    flat = np.pad(flat, (0, -len(flat) % per_byte))
+    packed = np.zeros(len(flat) // per_byte, np.uint8)
+    for position in range(per_byte):
+        packed |= flat[position::per_byte] << np.uint8(position * width)
+    return packed.tobytes()

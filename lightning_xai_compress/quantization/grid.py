@@ -1,0 +1,109 @@
+"""Values on a grid: symmetric integers per output channel, through torchao. The one file that imports torchao.
+
+A weight becomes code * scale with codes in +-(2^(bits - 1) - 1): two bits are three values, zero is always exact, and
+so a pruned weight stays pruned. Scales are rounded to bfloat16, which costs nothing (the codes are chosen for the
+rounded scale) and halves their place on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+_pytree = logging.getLogger("torch.utils._pytree")
+_was_disabled, _pytree.disabled = _pytree.disabled, True  # torchao 0.18 triggers a deprecation note of torch's own
+from torchao.quantization import dequantize_affine, quantize_affine  # noqa: E402
+
+_pytree.disabled = _was_disabled
+
+__all__ = ["fit_scales", "quantize", "refit_scales"]
+
+_CANDIDATES = 80
+
+
+def quantize(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+    """Put a weight onto its grid.
+
+    torchao takes one range a call; clipping each channel to its own range first and rounding with the widest gives
+    the same codes for channels of any widths in one call.
+
+    Args:
+        weight: Shape [channels, ...], floating point.
+        bits: Width of each channel, shape [channels], 2..8.
+        scale: Step of each channel, float32 of shape [channels], >= 0; 0 makes the channel all zero.
+
+    Returns:
+        The values code * scale in the dtype of the weight.
+    """
+    rows = weight.detach().flatten(1).float()
+    codes = _codes(rows, bits, scale)
+    block = (1, rows.shape[1])
+    values = dequantize_affine(codes, block, scale, torch.zeros_like(scale), torch.int8, -127, 127)
+    grid: Tensor = values.to(weight.dtype).view_as(weight)
+    return grid
+
+
+def _codes(rows: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+    limit = (scale * _largest_code(bits)).unsqueeze(1)
+    step = torch.where(scale > 0, scale, 1.0)
+    block = (1, rows.shape[1])
+    clipped = rows.clamp(-limit, limit)
+    codes: Tensor = quantize_affine(clipped, block, step, torch.zeros_like(step), torch.int8, -127, 127)
+    return codes
+
+
+def refit_scales(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+    """Move each scale to its least squared error with the codes held: one step of alternating minimisation.
+
+    Args:
+        weight: Shape [channels, ...].
+        bits: Width of each channel.
+        scale: Scales so far.
+
+    Returns:
+        New scales, float32 but exact in bfloat16; a channel without codes keeps its scale.
+    """
+    rows = weight.detach().flatten(1).float()
+    codes = _codes(rows, bits, scale).float()
+    power = codes.square().sum(1)
+    fitted = (rows * codes).sum(1) / power.clamp(min=1.0)
+    return _round(torch.where((power > 0) & (fitted > 0), fitted, scale))
+
+
+def fit_scales(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Find the scale of least squared error for every channel at one width, by search.
+
+    Args:
+        weight: Shape [channels, ...].
+        bits: Width, 2..8.
+
+    Returns:
+        Scales [channels] and the squared error of every weight, in the shape of the weight.
+    """
+    rows = weight.detach().flatten(1).float()
+    largest_code = 2.0 ** (bits - 1) - 1
+    peak = rows.abs().amax(1)
+    best = torch.zeros_like(peak)
+    best_error = rows.square().sum(1)
+    # the best grid clips more the coarser it is
+    lowest = {2: 0.2, 3: 0.3, 4: 0.4}.get(bits, 0.5)
+    for share in torch.linspace(lowest, 1.0, _CANDIDATES).tolist():
+        scale = _round(peak * (share / largest_code))
+        step = torch.where(scale > 0, scale, 1.0).unsqueeze(1)
+        values = (rows / step).round_().clamp_(-largest_code, largest_code).mul_(step)
+        error = values.sub_(rows).square_().sum(1)
+        better = (error < best_error) & (scale > 0)
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    width = torch.full(peak.shape, bits, dtype=torch.uint8, device=peak.device)
+    best = refit_scales(weight, width, best)
+    return best, (quantize(weight.detach().float(), width, best) - weight.detach().float()).square()
+
+
+def _largest_code(bits: Tensor) -> Tensor:
+    return 2.0 ** (bits.float() - 1) - 1
+
+
+def _round(scale: Tensor) -> Tensor:
+    return scale.to(torch.bfloat16).float()

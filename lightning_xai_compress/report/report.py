@@ -1,0 +1,167 @@
+"""What became of the model: the noun that ends the pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_xai_compress.formats import Artifact, packed_size
+from lightning_xai_compress.plan import CompressionPlan, Skipped
+from lightning_xai_compress.report.measure import dense_bytes
+
+__all__ = ["LayerReport", "Measured", "Report", "build_report"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One state of the model.
+
+    Args:
+        bytes: Size as a safetensors file.
+        accuracy: Value of the metric; None where none is known.
+        at_epoch: Epochs done in that state; None for the final one.
+    """
+
+    bytes: int
+    accuracy: float | None = None
+    at_epoch: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressible layer.
+
+    Args:
+        name: Parameter name.
+        weights: Number of weights.
+        sparsity: Share of them that is zero by the mask.
+        bits: Width -> number of output channels; empty where not quantized.
+        bytes: Its share of the packed file.
+        relevance: Its share of all absolute relevance at the latest scoring; None where unknown.
+    """
+
+    name: str
+    weights: int
+    sparsity: float
+    bits: dict[int, int]
+    bytes: int
+    relevance: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Before and after.
+
+    Args:
+        dense: The state at which compression began.
+        compressed: The final state.
+        reduction: 1 - compressed bytes / dense bytes, both as safetensors files.
+        sparsity: Zeros by the mask over all compressible weights.
+        average_bits: Mean width over all compressible weights, pruned ones included; None where not quantized.
+        metric: What `accuracy` is, and on which data.
+        artifacts: The written files.
+        failed: Formats that could not be written: name and reason.
+        layers: One entry a compressible layer.
+        skipped: What was left alone, wholly or in part, and why.
+        positive_pruned: Pruned weights that had positive relevance when they went.
+        halted: Why pruning stopped early; empty where it did not.
+        history: Each step as it happened.
+        versions: Of the libraries that took part.
+    """
+
+    dense: Measured
+    compressed: Measured
+    reduction: float
+    sparsity: float
+    average_bits: float | None
+    metric: str
+    artifacts: tuple[Artifact, ...]
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+    failed: tuple[Skipped, ...] = ()
+    positive_pruned: int = 0
+    halted: str = ""
+    history: tuple[Mapping[str, Any], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as `report.json` holds them."""
+        result = asdict(self)
+        del result["compressed"]["at_epoch"]
+        for layer in result["layers"]:
+            layer["bits"] = {str(width): channels for width, channels in layer["bits"].items()}
+        return result
+
+    def write(self, path: Path) -> None:
+        """Write `report.json`."""
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def build_report(
+    model: nn.Module,
+    plan: CompressionPlan,
+    *,
+    dense: Measured | None = None,
+    accuracy: float | None = None,
+    metric: str = "",
+    artifacts: Sequence[Artifact] = (),
+    failed: Sequence[Skipped] = (),
+    relevance: Mapping[str, float] | None = None,
+    positive_pruned: int = 0,
+    halted: str = "",
+    history: Sequence[Mapping[str, Any]] = (),
+    versions: Mapping[str, str] | None = None,
+) -> Report:
+    """Measure a compressed model.
+
+    Args:
+        model: Holds the compressed values.
+        plan: What was decided.
+        dense: The state before; its bytes are measured here where it is None.
+        accuracy: Metric of the compressed model.
+        relevance: Share of absolute relevance by parameter name.
+        metric, artifacts, failed, positive_pruned, halted, history, versions: See `Report`.
+
+    Raises:
+        ArtifactError: The parameters are not what the plan says.
+    """
+    dense = dense or Measured(dense_bytes(model))
+    size = packed_size(model, plan)
+    parameters = dict(model.named_parameters())
+    layers = tuple(
+        LayerReport(
+            name,
+            keep.numel(),
+            1 - float(keep.sum()) / keep.numel(),
+            _channels(plan.allocation.bits[name]) if plan.allocation and name in plan.allocation.bits else {},
+            size.layers.get(name, parameters[name].numel() * parameters[name].element_size()),
+            (relevance or {}).get(name),
+        )
+        for name, keep in plan.mask.keep.items()
+    )
+    return Report(
+        dense=dense,
+        compressed=Measured(size.total, accuracy),
+        reduction=1 - size.total / dense.bytes,
+        sparsity=plan.mask.sparsity,
+        average_bits=plan.allocation.average_bits if plan.allocation else None,
+        metric=metric,
+        artifacts=tuple(artifacts),
+        layers=layers,
+        skipped=plan.skipped,
+        failed=tuple(failed),
+        positive_pruned=positive_pruned,
+        halted=halted,
+        history=tuple(history),
+        versions=dict(versions or {}),
+    )
+
+
+def _channels(bits: Tensor) -> dict[int, int]:
+    return dict(sorted(Counter(bits.tolist()).items()))
