@@ -150,8 +150,8 @@ def _check_model(path: str | Path, entries: Sequence[Entry], model: nn.Module) -
     unfit = [name for name, tensor in own.items() if not _has_memory(tensor)]
     if unfit:
         raise ArtifactError(
-            f"{path} cannot fill a model of which these are no tensors with memory of their own: {few(unfit)}; build it "
-            "on a real device, run lazy layers once, clone expanded buffers and keep extra state elsewhere"
+            f"{path} cannot fill a model of which these are no tensors with memory of their own: {few(unfit)}; "
+            "build it on a real device, run lazy layers once, clone expanded buffers and keep extra state elsewhere"
         )
     both = [name for name in own if name in stored]
     findings = {

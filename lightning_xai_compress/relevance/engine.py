@@ -199,7 +199,8 @@ class _Sums(TorchFunctionMode):
         kwargs.pop("inplace", None)
         if func in (F.silu, F.hardswish, F.relu6):  # their only further argument is inplace
             args = ()
-        return _Secant.apply(input, lambda z: func(z, *args, **kwargs))
+        passed: Tensor = _Secant.apply(input, lambda z: func(z, *args, **kwargs))
+        return passed
 
     def _batch_norm(
         self,

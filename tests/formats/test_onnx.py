@@ -160,6 +160,15 @@ def test_the_file_holds_the_weights_and_gives_the_outputs_of_the_model(tmp_path,
     np.testing.assert_allclose(plain_output(path, *tensors), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
+def test_padding_masks_are_exported(tmp_path):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True)
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    example = Inputs((torch.randn(2, 3, 8),), {"src_key_padding_mask": padding})
+
+    assert write_onnx(model, quantize(model, widths=(2, 8)), tmp_path / "m.onnx", [example]) < 2e-6
+
+
 @pytest.mark.parametrize("width", STORED)
 def test_each_width_has_its_storage_type(tmp_path, width):
     model = nn.Sequential(nn.Linear(7, 5))  # 7 and 5: rows that do not fill their bytes
