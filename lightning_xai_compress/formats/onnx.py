@@ -75,7 +75,8 @@ def write_onnx(model: nn.Module, plan: CompressionPlan, path: Path, examples: Se
         opset = INT4_VERSIONS[0]
         proto = trace(model, examples[0], inputs, weights=list(codes), outputs=list(expected[0]), opset=opset)
     # opsets 22 to 25 add types and operators, and change none
-    proto.opset_import[0].version, proto.ir_version = _versions(plan)
+    standard = next(entry for entry in proto.opset_import if not entry.domain)
+    standard.version, proto.ir_version = _versions(plan)
     _quantize(proto, model, plan, codes)
     _write(proto, path)
     return _compare(path, inputs, expected)
