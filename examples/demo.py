@@ -9,9 +9,10 @@ import argparse
 import time
 from pathlib import Path
 
-from data import DigitsData
 from lightning_xai_compress import XAICompression
 from lightning_xai_compress.report import table
+
+from data import DigitsData
 from models import DigitsNet
 from runner import Outcome, compare, threads
 

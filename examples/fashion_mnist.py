@@ -9,9 +9,10 @@ import argparse
 import time
 from pathlib import Path
 
+from lightning_xai_compress import XAICompression
+
 from data import FashionMNISTData
 from demo import outcome_table
-from lightning_xai_compress import XAICompression
 from models import FashionNet
 from runner import compare, threads
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from data import ImageData
 from lightning_xai_compress import XAICompression, load_compressed
+
+from data import ImageData
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class ToyNet(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         loss = F.cross_entropy(self(batch[0]), batch[1])
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
         return loss
 
     def validation_step(self, batch, batch_idx):
@@ -99,10 +99,10 @@ def trainer(folder, callbacks=(), **settings):
     return L.Trainer(callbacks=list(callbacks), **(defaults | settings))
 
 
-def fit(folder, callbacks, model=None, data=None, ckpt_path=None, **settings):
-    """One seeded fit; returns module and trainer."""
+def fit(folder, callbacks, model=ToyNet, data=None, ckpt_path=None, **settings):
+    """One seeded fit of a module, or of a class that is made under the seed; returns module and trainer."""
     torch.manual_seed(0)
-    model = model or ToyNet()
+    model = model() if isinstance(model, type) else model
     run = trainer(folder, callbacks, **settings)
     run.fit(model, datamodule=data or Corners(), ckpt_path=ckpt_path)
     return model, run

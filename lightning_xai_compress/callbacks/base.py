@@ -109,6 +109,12 @@ class CompressionCallback(Callback):
             with torch.inference_mode(False):
                 self.session.refresh_batchnorm()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what was measured, before a checkpoint is saved."""
+        if self.session is not None and not trainer.sanity_checking:
+            for stage in self.session.stages:
+                stage.after_validation(self.session)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export and report."""
         if self.session is not None:

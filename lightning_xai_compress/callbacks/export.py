@@ -23,6 +23,7 @@ from lightning_xai_compress.callbacks.pruning import RelevancePruning
 from lightning_xai_compress.callbacks.session import Session, Stage
 from lightning_xai_compress.errors import ArtifactError, RelevanceError
 from lightning_xai_compress.formats import Artifact, Inputs, check_formats, save
+from lightning_xai_compress.layers import check_patterns
 from lightning_xai_compress.plan import Skipped
 from lightning_xai_compress.relevance import split_batch
 from lightning_xai_compress.report import Measured, Report, build_report, dense_bytes, evaluate, render
@@ -62,11 +63,12 @@ class CompressedExport(CompressionCallback, Stage):
     ) -> None:
         super().__init__()
         self.export_dir = export_dir
-        self.formats = tuple(formats)
+        self.formats = check_patterns("formats", formats)
         check_formats(self.formats)
         self.metric = metric
         self.report: Report | None = None
         self._dense: dict[str, Any] = {}
+        self._logged: float | None = None
 
     def stages(self) -> list[Stage]:
         """This one."""
@@ -96,6 +98,12 @@ class CompressedExport(CompressionCallback, Stage):
 
     def advance(self, session: Session, batch: int) -> None:
         """Nothing is due before the end."""
+
+    def after_validation(self, session: Session) -> None:
+        """Remember the named metric: a resumed fit begins without it."""
+        if isinstance(self.metric, str):
+            value = session.trainer.callback_metrics.get(self.metric)
+            self._logged = float(value) if isinstance(value, Tensor | float | int) else None
 
     def finish(self, session: Session) -> None:
         """Export, measure and tell."""
@@ -155,10 +163,7 @@ class CompressedExport(CompressionCallback, Stage):
             finally:
                 if not validating:
                     trainer.training = True
-        if isinstance(self.metric, str):
-            value = trainer.callback_metrics.get(self.metric)
-            return float(value) if isinstance(value, Tensor | float | int) else None
-        return None
+        return self._logged
 
     def _metric_name(self) -> str:
         name = self.metric if isinstance(self.metric, str) else type(self.metric).__name__
@@ -194,7 +199,7 @@ class CompressedExport(CompressionCallback, Stage):
 
     def _warn_if_early(self, session: Session) -> None:
         undone = [stage for stage in session.stages if not stage.complete]
-        if undone:
+        if undone and not session.halted:
             names = " and ".join(type(stage).__name__ for stage in undone)
             rank_zero_warn(
                 f"the fit ended at epoch {session.trainer.current_epoch} before {names} had done its work (early "
@@ -202,13 +207,14 @@ class CompressedExport(CompressionCallback, Stage):
             )
 
     def state(self) -> dict[str, Any]:
-        """The dense model's figures."""
-        return {"dense": self._dense}
+        """The dense model's figures, and the latest logged metric."""
+        return {"dense": self._dense, "logged": self._logged}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up or begin."""
         self.report = None
         self._dense = dict(state.get("dense", {}))
+        self._logged = state.get("logged")
 
 
 def check_writable(directory: Path) -> None:

@@ -10,6 +10,7 @@ from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.session import Planned, Session, Stage
+from lightning_xai_compress.layers import check_patterns
 from lightning_xai_compress.quantization import allocate_bits, check_bits
 
 __all__ = ["MixedPrecision"]
@@ -46,7 +47,7 @@ class MixedPrecision(CompressionCallback, Stage):
         check_moment("start of quantization", start)
         self.average_bits = average_bits
         self.start = start
-        self.exclude = tuple(exclude)
+        self.exclude = check_patterns("exclude", exclude)
         self.position = 0
         self._done = False
 

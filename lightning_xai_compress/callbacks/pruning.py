@@ -10,6 +10,7 @@ from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.session import Planned, Session, Stage
+from lightning_xai_compress.layers import check_patterns
 from lightning_xai_compress.plan import ScoreMap
 from lightning_xai_compress.pruning import SelectionRule, cubic, nonpositive_share, select_mask
 
@@ -78,7 +79,7 @@ class RelevancePruning(CompressionCallback, Stage):
         self.selection: SelectionRule = selection
         self.start = start
         self.end = end
-        self.exclude = tuple(exclude)
+        self.exclude = check_patterns("exclude", exclude)
         self.pruning = pruning or Pruning()
         self._positions: list[int] = []
         self._done = 0

@@ -105,6 +105,9 @@ class Stage(ABC):
     def advance(self, session: Session, batch: int) -> None:
         """Do what is due at a batch, counted from the start of the fit."""
 
+    def after_validation(self, session: Session) -> None:  # noqa: B027
+        """A validation of this fit is over; its metrics are in `trainer.callback_metrics`."""
+
     def finish(self, session: Session) -> None:  # noqa: B027
         """The last batch and the last validation are over."""
 

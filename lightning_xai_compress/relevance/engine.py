@@ -177,11 +177,12 @@ class _Sums(TorchFunctionMode):
         name = self._name.get(id(weight))
         if not z.requires_grad:
             return z
-        kept = input.detach()
+        # what the hook holds must not lead back to the graph that holds the hook: that would never be freed
+        kept, plain = input.detach(), z.detach()
 
         def backward(gradient: Tensor) -> Tensor:
             if self.epsilon:
-                magnitude = z.detach().abs()
+                magnitude = plain.abs()
                 gradient = gradient * magnitude.div_(magnitude + self.epsilon)
             if name is not None:
                 self._seen.add(name)

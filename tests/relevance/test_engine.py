@@ -1,5 +1,8 @@
 """The engine against gradient x weight, against zennit, and against slow plain loops."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,6 +278,22 @@ def test_the_model_is_left_as_found():
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+def test_the_pass_frees_its_graph():
+    alive = []
+
+    class Watched(Net):
+        def forward(self, x):
+            hidden = self.first(x)
+            alive.append(weakref.ref(hidden))
+            return self.head(self.second(self.norm(hidden)).mean((2, 3)))
+
+    model, (x, y) = build(Watched), batch(8, 2, 6, 6)
+    score(model, [(x, y), (x, y)])
+
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
 
 
 def test_scores_are_the_same_within_inference_mode():

@@ -1,0 +1,322 @@
+"""Bad input gets a clear error before any training."""
+
+import re
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_xai_compress import (
+    CompressedExport,
+    CompressionError,
+    LatentCopyError,
+    MixedPrecision,
+    Pruning,
+    RelevancePruning,
+    RelevanceScoring,
+    Scoring,
+    XAICompression,
+)
+from lightning_xai_compress.errors import ArtifactError, RelevanceError
+
+from toy import Corners, ToyNet, compression, fit
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"sparsity": 1.0}, "sparsity must lie in [0, 1), got 1.0"),
+        ({"sparsity": -0.1}, "sparsity must lie in [0, 1), got -0.1"),
+        ({"average_bits": 1.5}, "average_bits must lie between the smallest and the largest of bits=(2, 3, 4, 6, 8)"),
+        ({"average_bits": 9.0}, "average_bits must lie between"),
+        ({"bits": (1, 4)}, "bits must be whole numbers in 2..8, got (1, 4)"),
+        ({"bits": (4, 9), "average_bits": 5}, "bits must be whole numbers in 2..8, got (4, 9)"),
+        ({"selection": "worst"}, "selection must be 'nonpositive' or 'least', got 'worst'"),
+        ({"selection": "least", "sparsity": None}, "selection='least' needs a sparsity"),
+        ({"warmup": 1.0}, "warmup as a share of the fit must lie in [0, 1), got 1.0"),
+        ({"pruning_end": -1}, "pruning_end must not be negative, got -1"),
+        ({"relevance_epochs": [3, 1]}, "relevance_epochs must be in rising order, got [3, 1]"),
+        ({"relevance_epochs": []}, "relevance_epochs must be a list of epochs >= 0"),
+        ({"relevance_epochs": 0}, "must be >= 1, got 0"),
+        ({"formats": ("tflite",)}, "formats: expected some of ['onnx', 'safetensors'], got 'tflite'"),
+        ({"formats": "onnx"}, "formats must be a list of strings such as ['onnx']"),
+        ({"exclude": "head*"}, "exclude must be a list of strings such as ['head*']"),
+    ],
+)
+def test_settings_out_of_range_are_refused_when_made(settings, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        XAICompression(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Pruning(steps=0), "pruning steps must be >= 1, got 0"),
+        (lambda: Scoring(samples=0), "samples must be >= 1, got 0"),
+        (lambda: Scoring(epsilon=-1), "epsilon must be >= 0, got -1"),
+        (lambda: Scoring(explain="loss"), "explain must be 'margin' or 'logit', got 'loss'"),
+    ],
+)
+def test_stage_settings_out_of_range_are_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"warmup": 8}, "start of pruning=8 lies past the end of the fit, which has 8 epochs"),
+        ({"warmup": 2, "pruning_end": 9}, "end of pruning=9 lies past the end of the fit"),
+        ({"warmup": 4, "pruning_end": 2}, "pruning ends (at 2) before it starts (at 4)"),
+        ({"relevance_epochs": [2, 8]}, "relevance_epochs=[2, 8] reaches past the end of the fit"),
+        ({"relevance_epochs": [4, 5]}, "begins after pruning does (epoch 2)"),
+        ({"exclude": ["nothing*"]}, "exclude=['nothing*'] matches no layer; names look like: first.weight"),
+    ],
+)
+def test_what_does_not_fit_the_fit_is_refused_before_its_first_batch(tmp_path, settings, text):
+    model = ToyNet()
+    with pytest.raises(ValueError, match=re.escape(text)):
+        fit(tmp_path, [compression(tmp_path, **settings)], model)
+    assert model.losses == []
+
+
+def test_a_model_without_compressible_layers_is_refused(tmp_path):
+    class Norms(ToyNet):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = self.head = nn.Identity()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x):
+            return self.norm(x).mean((1, 2))[:, :4]
+
+    model = Norms()
+    with pytest.raises(CompressionError, match="Norms has nothing to compress: expected at least one Linear or Conv"):
+        fit(tmp_path, [compression(tmp_path)], model)
+    assert model.losses == []
+
+
+class Nested(Corners):
+    """Batches of a form that only the module's own training step knows."""
+
+    def train_dataloader(self):
+        def collate(samples):
+            return {"pixels": torch.stack([x for x, _ in samples]), "digit": torch.tensor([y for _, y in samples])}
+
+        return DataLoader(self.data, batch_size=16, collate_fn=collate)
+
+
+class NestedNet(ToyNet):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch["pixels"], batch["digit"]), batch_idx)
+
+
+def test_a_batch_that_is_not_understood_is_refused_and_relevance_step_named(tmp_path):
+    model = NestedNet()
+    with pytest.raises(RelevanceError, match=r"got a dict with keys \['digit', 'pixels'\].*Define relevance_step"):
+        fit(tmp_path, [compression(tmp_path)], model, Nested())
+    assert model.losses == []
+
+
+def test_with_relevance_step_the_same_batch_works(tmp_path):
+    class Own(NestedNet):
+        def relevance_step(self, batch, batch_idx):
+            return self(batch["pixels"]).gather(1, batch["digit"].unsqueeze(1))
+
+    callback = compression(tmp_path)
+    fit(tmp_path, [callback], Own(), Nested())
+
+    assert callback.report.sparsity == 0.5
+
+
+def test_onnx_without_a_known_input_asks_for_an_example(tmp_path):
+    class Own(NestedNet):
+        def relevance_step(self, batch, batch_idx):
+            return self(batch["pixels"]).gather(1, batch["digit"].unsqueeze(1))
+
+    with pytest.raises(ValueError, match="set example_input_array on the LightningModule"):
+        fit(tmp_path, [compression(tmp_path, formats=["onnx"])], Own(), Nested())
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    model = ToyNet()
+    with pytest.raises(ArtifactError, match=r"export_dir .*file.out cannot be written .*name another folder"):
+        fit(tmp_path, [compression(tmp_path / "file" / "out")], model)
+    assert model.losses == []
+
+
+def test_a_format_whose_extra_is_missing_is_refused(monkeypatch):
+    import lightning_xai_compress.formats.registry as registry
+
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    with pytest.raises(ImportError, match=r"needs onnxruntime: pip install 'lightning-xai-compress\[onnx\]'"):
+        XAICompression(formats=["onnx"])
+
+
+def test_a_metric_without_validation_data_is_refused(tmp_path):
+    class Blind(Corners):
+        val_dataloader = None
+
+    with pytest.raises(ValueError, match="metric= is measured on validation data, but this fit has none"):
+        fit(tmp_path, [compression(tmp_path, metric=MulticlassAccuracy(4))], data=Blind())
+
+
+def test_a_metric_that_was_never_logged_is_named_with_those_that_were(tmp_path):
+    callback = compression(tmp_path, metric="val_f1")
+    with pytest.warns(UserWarning, match=r"metric='val_f1' was never logged.*\['val_acc'\]"):
+        fit(tmp_path, [callback])
+    assert callback.report.compressed.accuracy is None
+
+
+def test_lbfgs_is_refused_before_training(tmp_path):
+    class Quasi(ToyNet):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    model = Quasi()
+    with pytest.raises(LatentCopyError, match="LBFGS"):
+        fit(tmp_path, [compression(tmp_path)], model)
+    assert model.losses == []
+
+
+def test_a_fit_of_unknown_length_is_refused(tmp_path):
+    class Endless(Corners):
+        def train_dataloader(self):
+            class Stream(torch.utils.data.IterableDataset):
+                def __iter__(stream):
+                    return iter(self.data)
+
+            return DataLoader(Stream(), batch_size=16)
+
+    with pytest.raises(ValueError, match=r"the length of the fit is not known.*Trainer\(max_steps=...\)"):
+        fit(tmp_path, [compression(tmp_path)], data=Endless())
+
+    callback = compression(tmp_path)
+    fit(tmp_path, [callback], data=Endless(), max_steps=20, max_epochs=-1)
+    assert callback.report.sparsity == 0.5
+
+
+def test_the_same_stage_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the Trainer has RelevancePruning twice: XAICompression already brings all"):
+        fit(tmp_path, [compression(tmp_path), RelevancePruning(sparsity=0.5)])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_sharded_strategies_are_refused(tmp_path, strategy, monkeypatch):
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    class FSDPStrategy(SingleDeviceStrategy):
+        pass
+
+    class DeepSpeedStrategy(SingleDeviceStrategy):
+        pass
+
+    kind = {"fsdp": FSDPStrategy, "deepspeed": DeepSpeedStrategy}[strategy]
+    with pytest.raises(ValueError, match=f"{kind.__name__} is not supported: weights must be whole on every device"):
+        fit(tmp_path, [compression(tmp_path)], strategy=kind("cpu"))
+
+
+# --- nothing is lost
+
+
+def test_nan_loss_stops_pruning_and_keeps_the_last_good_weights(tmp_path):
+    class Poisoned(ToyNet):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.nan if self.global_step in (11, 12) else loss
+
+    callback = compression(tmp_path)
+    with pytest.warns(UserWarning, match="pruning stops here and the last good weights are kept: loss or gradients"):
+        model, _ = fit(tmp_path, [callback], Poisoned())
+
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    assert 0 < callback.report.sparsity < 0.45
+    assert callback.report.halted.startswith("loss or gradients are not finite at step 11")
+    assert callback.report.artifacts[0].max_abs_diff == 0
+
+
+def test_nan_relevance_stops_pruning_and_keeps_the_last_good_weights(tmp_path):
+    class Poisoned(ToyNet):
+        def relevance_step(self, batch, batch_idx):
+            explained = self(batch[0]).gather(1, batch[1].unsqueeze(1))
+            return explained * torch.nan if self.trainer.current_epoch == 3 else explained
+
+    callback = compression(tmp_path)
+    with pytest.warns(UserWarning, match="relevance is not finite: batch 0"):
+        model, _ = fit(tmp_path, [callback], Poisoned())
+
+    pruned = [event for event in callback.report.history if event["event"] == "pruned"]
+    assert [event["epoch"] for event in pruned] == [2.0, 2.25, 2.75]
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    assert callback.report.average_bits is not None
+
+
+def test_relevance_that_is_nan_from_the_start_is_refused(tmp_path):
+    class Broken(ToyNet):
+        def relevance_step(self, batch, batch_idx):
+            return self(batch[0]) * torch.nan
+
+    model = Broken()
+    with pytest.raises(RelevanceError, match="relevance is not finite before the first batch"):
+        fit(tmp_path, [compression(tmp_path)], model)
+    assert model.losses == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_fit_leaves_compressed_weights_and_no_hooks(tmp_path, error):
+    class Failing(ToyNet):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 25:
+                raise error("stop")
+            return super().training_step(batch, batch_idx)
+
+    callback = compression(tmp_path)
+    model = Failing()
+    if error is RuntimeError:
+        with pytest.raises(RuntimeError, match="stop"):
+            fit(tmp_path, [callback], model)
+    else:
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            fit(tmp_path, [callback], model)
+
+    plan = callback.session.latent.plan()
+    for name, bits in plan.allocation.bits.items():
+        for row, width in zip(dict(model.named_parameters())[name].detach().flatten(1), bits.tolist(), strict=True):
+            assert len(row.unique()) <= 2**width - 1
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not callback.session.trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_a_fit_that_stops_early_says_what_is_missing_and_still_writes_the_model(tmp_path):
+    stop = EarlyStopping("val_acc", mode="max", patience=1, stopping_threshold=0.0)
+    callback = compression(tmp_path)
+    with pytest.warns(
+        UserWarning, match="the fit ended at epoch .* before RelevancePruning and MixedPrecision had done"
+    ):
+        fit(tmp_path, [callback, stop])
+    assert callback.report.sparsity == 0
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_format_that_fails_does_not_cost_the_others(tmp_path):
+    class Untraceable(ToyNet):
+        def forward(self, x):
+            return super().forward(x) if float(x.sum()) > -1e9 else x.new_zeros(len(x), 4)
+
+    callback = compression(tmp_path, formats=["onnx", "safetensors"])
+    with pytest.warns(UserWarning, match="format 'onnx' was not written"):
+        fit(tmp_path, [callback], Untraceable())
+
+    assert [artifact.format for artifact in callback.report.artifacts] == ["safetensors"]
+    assert callback.report.failed[0].name == "onnx"
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("stage", [RelevanceScoring, RelevancePruning, MixedPrecision, CompressedExport])
+def test_stages_take_their_settings_by_name_only(stage):
+    with pytest.raises(TypeError):
+        stage(0.5)
