@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_xai_compress.callbacks.calibration import (
@@ -233,8 +234,9 @@ class Session:
         total = max(1, -(-samples // training_batch_size(self.trainer)))
         seed = self.scoring.seed * 1_000_003 + batch
         try:
+            self._agree_on_buffers()
             with progress(self.trainer, "relevance", total) as advance:
-                self.scores = score(
+                scores = score(
                     self.module,
                     calibration_batches(self.trainer, samples=samples, seed=seed),
                     layers=tuple(self.latent.parameters),
@@ -245,12 +247,29 @@ class Session:
         except NonFiniteError as error:
             self.halt(f"relevance is not finite: {error}")
             return None
+        self.scores = self._agree_on_scores(scores)
         sums = {name: float(tensor.abs().sum()) for name, tensor in self.scores.relevance.items()}
         total_relevance = sum(value for value in sums.values() if value == value)
         self._shares = {
             name: value / total_relevance for name, value in sums.items() if value == value and total_relevance > 0
         }
         return self.scores
+
+    def _agree_on_buffers(self) -> None:
+        """BatchNorm statistics of rank 0, as DDP itself takes them: scores are made in evaluation mode."""
+        if self.trainer.world_size > 1:
+            for buffer in self.module.buffers():
+                buffer.copy_(self.trainer.strategy.broadcast(buffer))
+
+    def _agree_on_scores(self, scores: ScoreMap) -> ScoreMap:
+        """The mean over ranks, which all score the same samples: equal to the last bit, whatever the devices did."""
+        if self.trainer.world_size == 1:
+            return scores
+
+        def mean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: self.trainer.strategy.reduce(tensor, reduce_op="mean") for name, tensor in tensors.items()}
+
+        return ScoreMap(mean(scores.score), mean(scores.relevance), mean(scores.sensitivity), scores.samples)
 
     @property
     def relevance_shares(self) -> dict[str, float]:
