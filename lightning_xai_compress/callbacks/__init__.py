@@ -5,7 +5,7 @@ from lightning_xai_compress.callbacks.export import CompressedExport
 from lightning_xai_compress.callbacks.precision import MixedPrecision
 from lightning_xai_compress.callbacks.pruning import Pruning, RelevancePruning
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
-from lightning_xai_compress.callbacks.session import Scoring
+from lightning_xai_compress.callbacks.stage import Scoring
 
 __all__ = [
     "CompressedExport",

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
-from lightning_xai_compress.callbacks.session import Session, Stage
+from lightning_xai_compress.callbacks.session import Session
+from lightning_xai_compress.callbacks.stage import Stage
 
 __all__ = ["CompressionCallback"]
 

@@ -20,7 +20,8 @@ from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.calibration import calibration_batches, validation_batches
 from lightning_xai_compress.callbacks.console import progress
 from lightning_xai_compress.callbacks.pruning import RelevancePruning
-from lightning_xai_compress.callbacks.session import Session, Stage
+from lightning_xai_compress.callbacks.session import Session
+from lightning_xai_compress.callbacks.stage import Stage
 from lightning_xai_compress.errors import ArtifactError, RelevanceError
 from lightning_xai_compress.formats import Artifact, Inputs, check_formats, save
 from lightning_xai_compress.layers import check_patterns

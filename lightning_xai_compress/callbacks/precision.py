@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
-from lightning_xai_compress.callbacks.session import Planned, Session, Stage
+from lightning_xai_compress.callbacks.session import Session
+from lightning_xai_compress.callbacks.stage import Planned, Stage
 from lightning_xai_compress.layers import check_patterns
 from lightning_xai_compress.quantization import allocate_bits, check_bits
 

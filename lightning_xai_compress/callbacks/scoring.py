@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from lightning.pytorch import Trainer
 
 from lightning_xai_compress.callbacks.base import CompressionCallback
-from lightning_xai_compress.callbacks.session import Scoring, Session, Stage
+from lightning_xai_compress.callbacks.session import Session
+from lightning_xai_compress.callbacks.stage import Scoring, Stage
 from lightning_xai_compress.plan import ScoreMap
 
 __all__ = ["RelevanceScoring"]

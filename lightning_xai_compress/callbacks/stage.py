@@ -1,0 +1,103 @@
+"""What a stage is: the interface between the stage callbacks and the session of a fit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning.pytorch import Trainer
+
+from lightning_xai_compress.relevance import Explain
+
+if TYPE_CHECKING:
+    from lightning_xai_compress.callbacks.session import Session
+
+__all__ = ["Planned", "Scoring", "Stage"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How weights are scored.
+
+    Args:
+        explain: Start relevance: "margin" (true class against the others) or "logit" (true class).
+        epsilon: Stabiliser of LRP-epsilon, >= 0.
+        samples: Training samples a pass, in whole batches, >= 1. Fewer than some hundred make the signs a lottery.
+        seed: Decides which samples.
+    """
+
+    explain: Explain = "margin"
+    epsilon: float = 1e-6
+    samples: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.explain not in ("margin", "logit"):
+            raise ValueError(f"explain must be 'margin' or 'logit', got {self.explain!r}")
+        if self.epsilon < 0:
+            raise ValueError(f"epsilon must be >= 0, got {self.epsilon}")
+        if self.samples < 1:
+            raise ValueError(f"samples must be >= 1, got {self.samples}")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A point of the schedule.
+
+    Args:
+        sparsity: Share of zeros; None where the stage has no say.
+        bits: Mean width; None where the stage has no say, or weights are not quantized yet.
+        open: Whether the sparsity is a guess, since the non-positive set decides.
+    """
+
+    sparsity: float | None = None
+    bits: float | None = None
+    open: bool = False
+
+
+class Stage(ABC):
+    """One step of the work: called by the session at every batch, in the order of `rank`."""
+
+    rank: ClassVar[int]
+    needs_scores: ClassVar[bool] = False
+    exclude: tuple[str, ...] = ()
+
+    def check_settings(self, trainer: Trainer) -> None:  # noqa: B027
+        """Refuse settings that can be seen to be wrong without layers and data."""
+
+    def begin(self, session: Session) -> None:  # noqa: B027
+        """Refuse, before the first batch, what does not fit this model, its data or the length of the fit."""
+
+    def phases(self) -> list[tuple[int, str]]:
+        """Batches at which something happens, each with the phase that it belongs to, for the schedule."""
+        return []
+
+    def planned(self, batch: int) -> Planned:
+        """What will hold from a batch on, as far as this stage decides it."""
+        return Planned()
+
+    def before_compression(self, session: Session, batch: int) -> None:  # noqa: B027
+        """The weights are about to be changed for the first time."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that the stage planned has been done."""
+        return True
+
+    @abstractmethod
+    def advance(self, session: Session, batch: int) -> None:
+        """Do what is due at a batch, counted from the start of the fit."""
+
+    def after_validation(self, session: Session) -> None:  # noqa: B027
+        """A validation of this fit is over; its metrics are in `trainer.callback_metrics`."""
+
+    def finish(self, session: Session) -> None:  # noqa: B027
+        """The last batch and the last validation are over."""
+
+    def state(self) -> dict[str, Any]:
+        """What the stage must remember to continue: plain types."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take up `state`; an empty one means a fresh start."""
