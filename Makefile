@@ -1,6 +1,7 @@
 # Two commands are the whole set-up: `make demo` and `make test`. Both build .venv on first use.
 
 PYTHON ?= python3
+SEEDS ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -12,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::DeprecationWarning
 .PHONY: demo test test-slow check format clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py --seeds $(SEEDS)
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope

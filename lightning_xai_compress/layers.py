@@ -58,25 +58,34 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
     matched: set[str] = set()
     names: set[str] = set()
     reasons: dict[str, str] = {}
+    left_alone: set[int] = set()  # a tied weight is left alone under all of its names
     for layer, module in model.named_modules():
         reason = _why_not(module)
         if reason is None:
             continue
+        label = layer or type(module).__name__
         parameter = module._parameters.get("weight")
         name = first_name[id(parameter)] if parameter is not None else f"{layer}.weight".lstrip(".")
+        members = [each for each in module._parameters.values() if each is not None]
         hits = {pattern for pattern in exclude if fnmatchcase(layer, pattern) or fnmatchcase(name, pattern)}
         matched |= hits
         if hits:
-            reasons.setdefault(layer or name, f"excluded by {sorted(hits)[0]!r}")
+            reasons.setdefault(label, f"excluded by {sorted(hits)[0]!r}")
+            left_alone.update(map(id, members))
         elif reason:
-            reasons.setdefault(layer or name, reason)
+            reasons.setdefault(label, reason)
+            left_alone.update(map(id, members))
         else:
             names.add(name)
     unmatched = [pattern for pattern in exclude if pattern not in matched]
     if unmatched:
         candidates = ", ".join(sorted(names)[:8])
         raise ValueError(f"exclude={unmatched} matches no layer; names look like: {candidates}")
-    names -= {name for name in names if name.rpartition(".")[0] in reasons}
+    parameters = dict(model.named_parameters())
+    for name in sorted(names):
+        if id(parameters[name]) in left_alone:
+            names.discard(name)
+            reasons.setdefault(name.rpartition(".")[0] or name, "its weight is tied to a layer that is left alone")
     if not names:
         left_out = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no such layers"
         raise CompressionError(

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Stage
 
 __all__ = ["CompressionCallback"]
+
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
 class CompressionCallback(Callback):
@@ -49,17 +50,28 @@ class CompressionCallback(Callback):
                 f"the Trainer has {' and '.join(double)} twice: XAICompression already brings all four stages, so give "
                 "it alone, or the stages one by one"
             )
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy) or _is_sharded(trainer):
+        strategy = {kind.__name__ for kind in type(trainer.strategy).__mro__}  # of lightning or of pytorch_lightning
+        if not strategy & {"SingleDeviceStrategy", "DDPStrategy"} or strategy & _SHARDED:
             raise ValueError(
                 f"{type(trainer.strategy).__name__} is not supported: weights must be whole on every device. Use "
                 "Trainer(strategy='auto') or strategy='ddp'"
             )
+        for other in _callbacks(trainer):
+            if any(kind.__name__ == "WeightAveraging" for kind in type(other).__mro__):
+                raise ValueError(
+                    f"{type(other).__name__} averages weights after they were pruned and quantized, which fills the "
+                    "zeros and leaves the grid: remove one of the two callbacks"
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the session: only now are all layers, the training data and the optimizers there."""
         if self._leads(trainer):
-            self.session = Session(trainer, pl_module, _all_stages(trainer), self._restored)
-            self._restored = {}
+            ours = [each for each in _callbacks(trainer) if isinstance(each, CompressionCallback)]
+            # another order of the callbacks makes another one lead
+            restored = next((each._restored for each in ours if each._restored), {})
+            self.session = Session(trainer, pl_module, _all_stages(trainer), restored)
+            for each in ours:
+                each._restored = {}
             self.session.begin()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -100,26 +112,30 @@ class CompressionCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Close the latents where a gradient scaler skipped the step."""
+        """Close the latents where a gradient scaler skipped the step, and look at the loss."""
         if self.session is not None:
-            self.session.latent.settle()
+            self.session.after_batch(outputs)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make BatchNorm statistics those of the compressed weights."""
-        if self.session is not None and not trainer.sanity_checking:
+        if self._in_fit(trainer):
             with torch.inference_mode(False):
-                self.session.refresh_batchnorm()
+                self.session.refresh_batchnorm()  # type: ignore[union-attr]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what was measured, before a checkpoint is saved."""
-        if self.session is not None and not trainer.sanity_checking:
-            for stage in self.session.stages:
-                stage.after_validation(self.session)
+        if self._in_fit(trainer):
+            for stage in self.session.stages:  # type: ignore[union-attr]
+                stage.after_validation(self.session)  # type: ignore[arg-type]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export and report."""
         if self.session is not None:
             self.session.finish()
+
+    def _in_fit(self, trainer: Trainer) -> bool:
+        """Whether a validation belongs to the fit of our session, and is no sanity check."""
+        return self.session is not None and self.session.open and not trainer.sanity_checking
 
     def _leads(self, trainer: Trainer) -> bool:
         return next(each for each in _callbacks(trainer) if isinstance(each, CompressionCallback)) is self
@@ -137,7 +153,3 @@ def _all_stages(trainer: Trainer) -> list[Stage]:
         if isinstance(callback, CompressionCallback)
         for stage in callback.stages()
     ]
-
-
-def _is_sharded(trainer: Trainer) -> bool:
-    return any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel"))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
 
 from lightning_xai_compress.relevance import call_model, evaluation, split_batch
 
@@ -48,45 +48,75 @@ def training_loader(trainer: Trainer) -> DataLoader[Any]:
 
 
 def training_batch_size(trainer: Trainer) -> int:
-    """Samples of one training batch, as far as the loader tells."""
+    """Samples of one training batch, as far as the loader tells; 1 where the dataset gives whole batches."""
     loader = training_loader(trainer)
-    sampler_size = getattr(loader.batch_sampler, "batch_size", None)
-    return int(loader.batch_size or sampler_size or 1)
+    if loader.batch_size is not None:
+        return int(loader.batch_size)
+    if loader.batch_sampler is None:
+        return 1
+    with isolate_rng():
+        return max(len(next(iter(loader.batch_sampler), [])), 1)
 
 
 def calibration_batches(trainer: Trainer, *, samples: int, seed: int) -> Iterator[Any]:
     """Draw training samples in an order of their own; the training's own iterators are not touched.
 
-    Every rank draws the same samples, so that every rank decides the same without talking.
+    Only samples that the loader's sampler gives are drawn. Every rank draws the same, so that every rank decides the
+    same. A dataset without a length always shows its first samples.
 
     Args:
         trainer: Within fit, once its training data is set up.
-        samples: About how many; whole batches.
+        samples: About how many; whole batches, and fewer only where there is less than one.
         seed: Decides which.
+
+    Raises:
+        ValueError: The training data is no single DataLoader, or a stream that calibration would use up.
     """
     loader = training_loader(trainer)
     size = training_batch_size(trainer)
-    count = max(1, -(-samples // size))
     dataset = loader.dataset
-    batches: Iterable[Any]
     batch_size = None if loader.batch_sampler is None else size  # None: the dataset gives whole batches
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        batches = DataLoader(dataset, batch_size=batch_size, collate_fn=loader.collate_fn)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(dataset), generator=generator)[: count * size].tolist()
-        batches = DataLoader(Subset(dataset, order), batch_size=batch_size, collate_fn=loader.collate_fn)
     with seeded(seed):
-        drawn = iter(batches)
-    for _ in range(count):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            if id(iter(dataset)) == id(dataset):
+                raise ValueError(
+                    f"{type(dataset).__name__}.__iter__ returns the dataset itself, so calibration would use up the "
+                    "training data: return a new iterator"
+                )
+        else:
+            order = _indices(loader, at_least=samples)
+            order = [order[index] for index in torch.randperm(len(order)).tolist()]
+            count = -(-samples // size) * size
+            dataset = Subset(dataset, order[: min(count, len(order) - len(order) % size) or len(order)])
+        drawn = iter(DataLoader(dataset, batch_size=batch_size, collate_fn=loader.collate_fn))
+    seen = 0
+    while seen < samples:
         # the generators are the training's again whenever the caller has the turn
-        with seeded(seed):
+        with seeded(seed + seen):
             batch = next(drawn, None)
-            seed += 1
             if batch is None:
                 return
+            seen += _length(batch)
             batch = transfer(trainer, batch)
         yield batch
+
+
+def _indices(loader: DataLoader[Any], *, at_least: int) -> list[int]:
+    """Indices of the samples that the loader trains on."""
+    length = len(loader.dataset)  # type: ignore[arg-type]
+    if isinstance(loader.sampler, DistributedSampler):
+        return list(range(length))  # all ranks' parts
+    own = loader.batch_size is None and loader.batch_sampler is not None  # a batch sampler of the user's
+    source = chain.from_iterable(loader.batch_sampler) if own and loader.batch_sampler is not None else loader.sampler
+    return list(islice(source, max(length, at_least)))  # a sampler may have no end
+
+
+def _length(batch: Any) -> int:
+    """Samples of a batch: the length of its first tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    members = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((_length(member) for member in members if isinstance(member, Tensor | list | tuple | Mapping)), 1)
 
 
 def transfer(trainer: Trainer, batch: Any) -> Any:
@@ -122,13 +152,14 @@ def tracked_norms(model: nn.Module) -> list[Norm]:
 def update_batchnorm(module: LightningModule, norms: Sequence[Norm], batches: Iterable[Any]) -> None:
     """Estimate BatchNorm statistics anew, as the plain mean over batches.
 
-    Where the batches give values that are not finite the statistics so far stay. All other layers (dropout, say) are
+    Batches that give values that are not finite are left out. All other layers (dropout, say) are
     in evaluation mode; `torch.optim.swa_utils.update_bn` would train them, too, and loses each module's own flag.
     """
     if not norms:
         return
-    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    before = _copies(norms)
     momenta = [norm.momentum for norm in norms]
+    used = 0
     with evaluation(module):
         try:
             for norm in norms:
@@ -136,15 +167,29 @@ def update_batchnorm(module: LightningModule, norms: Sequence[Norm], batches: It
                 norm.momentum = None
                 norm.training = True
             for index, batch in enumerate(batches):
+                so_far = _copies(norms)
                 if callable(own := getattr(module, "relevance_step", None)):
                     own(batch, index)
                 else:
                     args, kwargs, _ = split_batch(batch)
                     call_model(module, args, kwargs)
+                if all(bool(torch.isfinite(buffer).all()) for buffer, _ in so_far):
+                    used += 1
+                else:
+                    _restore(so_far)
         finally:
-            for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
+            for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
                 norm.training = False
-                for name, buffer in norm.named_buffers():
-                    if name == "num_batches_tracked" or not torch.isfinite(buffer).all():
-                        buffer.copy_(buffers[name])
+            if used:  # the counter goes on counting training batches
+                before = [(buffer, copy) for buffer, copy in before if not buffer.is_floating_point()]
+            _restore(before)
+
+
+def _copies(norms: Sequence[Norm]) -> list[tuple[Tensor, Tensor]]:
+    return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+
+
+def _restore(copies: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, copy in copies:
+        buffer.copy_(copy)

@@ -31,29 +31,40 @@ class Clock:
 
     Args:
         batches: Training batches from the first epoch to the end of the fit.
-        epoch_batches: Training batches of one epoch.
+        epoch_batches: Training batches of one epoch; None where the data does not tell.
         start: Batch at which this compression began: 0, or where a dense checkpoint was taken up.
     """
 
     batches: int
-    epoch_batches: int
+    epoch_batches: int | None
     start: int = 0
 
-    @property
-    def epochs(self) -> float:
-        """Length of the fit in epochs."""
-        return self.batches / self.epoch_batches
-
     def batch_of(self, moment: Moment) -> int:
-        """First batch at or after a moment; a share counts from `start`, an epoch from the fit's first one."""
+        """First batch at or after a moment; a share counts from `start`, an epoch from the fit's first one.
+
+        Raises:
+            ValueError: An epoch other than 0, where the length of an epoch is not known.
+        """
+        if moment == 0:
+            return self.start
         if isinstance(moment, int):
+            if self.epoch_batches is None:
+                raise ValueError(
+                    f"phases are given in epochs ({moment}), but the training data has no length: use shares of the "
+                    "fit, such as 0.25"
+                )
             return max(moment * self.epoch_batches, self.start)
         # 0.6 * 10 must not become 5 or 7 by rounding of floats
         return self.start + math.floor(moment * (self.batches - self.start) + 1e-9)
 
-    def epoch_of(self, batch: int) -> float:
-        """Epochs done at a batch, with fraction."""
-        return batch / self.epoch_batches
+    def epoch_of(self, batch: int) -> float | None:
+        """Epochs done at a batch, with fraction; None where the length of an epoch is not known."""
+        return None if self.epoch_batches is None else batch / self.epoch_batches
+
+    def label(self, batch: int) -> str:
+        """A batch in words: epochs, or the share of the fit."""
+        epoch = self.epoch_of(batch)
+        return f"{batch / self.batches:.0%} of the fit" if epoch is None else f"{epoch:g}"[:6]
 
     def check(self, name: str, moment: Moment) -> int:
         """Like `batch_of`, for a setting of the user.
@@ -63,5 +74,7 @@ class Clock:
         """
         batch = self.batch_of(moment)
         if batch >= self.batches:
-            raise ValueError(f"{name}={moment} lies past the end of the fit, which has {self.epochs:g} epochs")
+            raise ValueError(
+                f"{name}={moment} lies past the end of the fit, which has {self.label(self.batches)} epochs"
+            )
         return batch

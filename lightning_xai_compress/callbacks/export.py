@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -69,7 +70,7 @@ class CompressedExport(CompressionCallback, Stage):
         self.metric = metric
         self.report: Report | None = None
         self._dense: dict[str, Any] = {}
-        self._logged: float | None = None
+        self._logged: dict[str, float] = {}
 
     def stages(self) -> list[Stage]:
         """This one."""
@@ -84,8 +85,15 @@ class CompressedExport(CompressionCallback, Stage):
     def begin(self, session: Session) -> None:
         """See that there is what the files and the metric need."""
         trainer = session.trainer
-        if isinstance(self.metric, Metric) and trainer.val_dataloaders is None:
-            raise ValueError("metric= is measured on validation data, but this fit has none: give a val_dataloader")
+        if isinstance(self.metric, Metric):
+            if trainer.val_dataloaders is None:
+                raise ValueError("metric= is measured on validation data, but this fit has none: give a val_dataloader")
+            try:
+                self._measure(session, batches=1)
+            except RelevanceError as error:
+                raise ValueError(
+                    f"metric= cannot be measured; name one that the module logs instead. {error}"
+                ) from error
         if "onnx" in self.formats:
             self._examples(session)
         if not self._dense:
@@ -93,8 +101,10 @@ class CompressedExport(CompressionCallback, Stage):
 
     def before_compression(self, session: Session, batch: int) -> None:
         """The last moment of the dense model."""
-        epoch = round(session.clock.epoch_of(batch), 4)
+        epoch = session.epoch(batch)
         accuracy = self._measure(session)
+        if isinstance(self.metric, str):
+            accuracy, epoch = self._logged.get("value"), self._logged.get("epoch", epoch)
         self._dense = asdict(Measured(dense_bytes(session.module), accuracy, epoch))
 
     def advance(self, session: Session, batch: int) -> None:
@@ -104,18 +114,16 @@ class CompressedExport(CompressionCallback, Stage):
         """Remember the named metric: a resumed fit begins without it."""
         if isinstance(self.metric, str):
             value = session.trainer.callback_metrics.get(self.metric)
-            self._logged = float(value) if isinstance(value, Tensor | float | int) else None
+            if isinstance(value, Tensor | float | int):
+                epoch = session.epoch(session.position(session.trainer.fit_loop.epoch_loop.batch_idx + 1))
+                self._logged = {"value": float(value), "epoch": epoch, "step": session.trainer.global_step}
 
     def finish(self, session: Session) -> None:
         """Export, measure and tell."""
         self._warn_if_early(session)
         trainer = session.trainer
-        accuracy = self._measure(session)
-        if isinstance(self.metric, str) and accuracy is None:
-            rank_zero_warn(
-                f"metric={self.metric!r} was never logged, so accuracies are unknown; logged were "
-                f"{sorted(trainer.callback_metrics)}"
-            )
+        named = isinstance(self.metric, str)
+        accuracy = self._logged_at_the_end(session, str(self.metric)) if named else self._measure(session)
         if trainer.is_global_zero:
             directory = self._directory(trainer)
             plan = session.latent.plan(tuple(session.skipped))
@@ -153,18 +161,38 @@ class CompressedExport(CompressionCallback, Stage):
                 advance()
         return artifacts, failed
 
-    def _measure(self, session: Session) -> float | None:
+    def _measure(self, session: Session, *, batches: int | None = None) -> float | None:
+        if not isinstance(self.metric, Metric):
+            return None
         trainer = session.trainer
-        if isinstance(self.metric, Metric):
-            validating = trainer.validating
-            trainer.validating = True  # the batch hooks ask
-            try:
-                with trainer.precision_plugin.forward_context():
-                    return evaluate(session.module, validation_batches(trainer), self.metric)
-            finally:
-                if not validating:
-                    trainer.training = True
-        return self._logged
+        validating = trainer.validating
+        trainer.validating = True  # the batch hooks ask
+        try:
+            with isolate_rng(), trainer.precision_plugin.forward_context():
+                return evaluate(session.module, islice(validation_batches(trainer), batches), self.metric)
+        finally:
+            if not validating:
+                trainer.training = True
+
+    def _logged_at_the_end(self, session: Session, name: str) -> float | None:
+        """The named metric, if it is that of the final weights."""
+        trainer = session.trainer
+        if not self._logged and name in trainer.callback_metrics:  # no validation: logged in training
+            return float(trainer.callback_metrics[name])
+        if not self._logged:
+            rank_zero_warn(
+                f"metric={name!r} was never logged, so accuracies are unknown; logged were "
+                f"{sorted(trainer.callback_metrics)}"
+            )
+            return None
+        if self._logged["step"] != trainer.global_step:
+            rank_zero_warn(
+                f"metric={name!r} was last measured at epoch {self._logged['epoch']:g}, not on the final "
+                "weights, so the compressed accuracy is unknown: let the last epoch validate "
+                "(check_val_every_n_epoch), or give a torchmetrics metric"
+            )
+            return None
+        return self._logged["value"]
 
     def _metric_name(self) -> str:
         name = self.metric if isinstance(self.metric, str) else type(self.metric).__name__
@@ -215,7 +243,7 @@ class CompressedExport(CompressionCallback, Stage):
         """Take up or begin."""
         self.report = None
         self._dense = dict(state.get("dense", {}))
-        self._logged = state.get("logged")
+        self._logged = dict(state.get("logged", {}))
 
 
 def check_writable(directory: Path) -> None:

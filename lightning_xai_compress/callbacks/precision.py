@@ -12,6 +12,7 @@ from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Planned, Stage
 from lightning_xai_compress.layers import check_patterns
+from lightning_xai_compress.plan import ScoreMap
 from lightning_xai_compress.quantization import allocate_bits, check_bits
 
 __all__ = ["MixedPrecision"]
@@ -91,6 +92,17 @@ class MixedPrecision(CompressionCallback, Stage):
             f"quantized to {allocation.average_bits:.2f} bits on average (channels: {spread})",
             average_bits=allocation.average_bits,
         )
+
+    def check_scores(self, scores: ScoreMap) -> None:
+        """Layers of unknown relevance take the largest width; the budget must leave room for the others."""
+        sizes = {name: tensor.numel() for name, tensor in scores.score.items()}
+        forced = sum(size * self.bits[-1 if name in scores.unknown else 0] for name, size in sizes.items())
+        if forced > self.average_bits * sum(sizes.values()) * (1 + 1e-9):
+            raise ValueError(
+                f"average_bits={self.average_bits} cannot be met: relevance does not reach "
+                f"{', '.join(scores.unknown[:4])}, which keep {self.bits[-1]} bits; that alone makes the mean "
+                f"{forced / sum(sizes.values()):.2f}. Raise average_bits, or exclude those layers"
+            )
 
     @property
     def complete(self) -> bool:

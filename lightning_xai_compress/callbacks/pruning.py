@@ -97,16 +97,18 @@ class RelevancePruning(CompressionCallback, Stage):
         clock = session.clock
         first, last = clock.check("start of pruning", self.start), clock.batch_of(self.end)
         if last > clock.batches:
-            raise ValueError(f"end of pruning={self.end} lies past the end of the fit ({clock.epochs:g} epochs)")
+            raise ValueError(
+                f"end of pruning={self.end} lies past the end of the fit ({clock.label(clock.batches)} epochs)"
+            )
         if last < first:
             raise ValueError(f"pruning ends (at {self.end}) before it starts (at {self.start})")
         steps = self.pruning.steps
         self._positions = [first + (last - first) * step // steps for step in range(steps)]
         scoring = session.stage(RelevanceScoring)
         epochs = scoring.relevance_epochs if scoring is not None else None
-        if isinstance(epochs, tuple) and epochs[0] * clock.epoch_batches > first:
+        if isinstance(epochs, tuple) and clock.batch_of(epochs[0]) > first:
             raise ValueError(
-                f"relevance_epochs={list(epochs)} begins after pruning does (epoch {clock.epoch_of(first):g}): the "
+                f"relevance_epochs={list(epochs)} begins after pruning does (epoch {clock.label(first)}): the "
                 "first pruning step would have no scores"
             )
         self._scores_itself = epochs is None
@@ -115,6 +117,16 @@ class RelevancePruning(CompressionCallback, Stage):
     def complete(self) -> bool:
         """Whether the last step is taken."""
         return self._target == 0 or self._done >= len(self._positions)
+
+    def check_scores(self, scores: ScoreMap) -> None:
+        """Only weights of known relevance can go."""
+        total = sum(tensor.numel() for tensor in scores.score.values())
+        known = 1 - sum(int(tensor.isnan().sum()) for tensor in scores.score.values()) / total
+        if self.sparsity is not None and self.sparsity > known:
+            raise ValueError(
+                f"sparsity={self.sparsity} cannot be met: relevance reaches only {known:.1%} of the compressible "
+                f"weights (not {', '.join(scores.unknown[:4])}); lower sparsity, or exclude those layers"
+            )
 
     def phases(self) -> list[tuple[int, str]]:
         """The steps of the ramp."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
-
-from lightning.pytorch import Trainer
 
 from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.session import Session
@@ -50,17 +47,14 @@ class RelevanceScoring(CompressionCallback, Stage):
         """The latest scores of this fit."""
         return self.session.scores if self.session is not None else None
 
-    def check_settings(self, trainer: Trainer) -> None:
-        """A list must end before the fit does."""
-        epochs = self.relevance_epochs
-        if isinstance(epochs, Sequence) and trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs[-1]:
-            raise ValueError(
-                f"relevance_epochs={list(epochs)} reaches past the end of the fit: with max_epochs="
-                f"{trainer.max_epochs} the last epoch is {trainer.max_epochs - 1}"
-            )
-
     def begin(self, session: Session) -> None:
-        """Hand the settings to the session."""
+        """Hand the settings to the session; a list of epochs must end before the fit does."""
+        epochs, length = self.relevance_epochs, session.clock.epoch_of(session.clock.batches)
+        if isinstance(epochs, tuple) and length is not None and epochs[-1] >= length:
+            raise ValueError(
+                f"relevance_epochs={list(epochs)} reaches past the end of the fit, which has {length:g} epochs, "
+                "counted from 0"
+            )
         session.scoring = self.scoring
         alone = not any(stage.needs_scores and stage is not self for stage in session.stages)
         self._every = 1 if alone and self.relevance_epochs is None else 0
@@ -68,8 +62,8 @@ class RelevanceScoring(CompressionCallback, Stage):
 
     def advance(self, session: Session, batch: int) -> None:
         """Score at the start of a chosen epoch, once."""
-        epoch, inside = divmod(batch, session.clock.epoch_batches)
-        if inside or epoch == self._done or not self._chosen(epoch):
+        epoch = session.trainer.current_epoch
+        if not session.epoch_begins or epoch == self._done or not self._chosen(epoch):
             return
         self._done = epoch
         scores = session.rescore(batch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -60,11 +61,13 @@ class Session:
         self.history: list[dict[str, Any]] = []
         self.halted = ""
         self.started = False
+        self.epoch_begins = False
         self._shares: dict[str, float] = {}
         self.clock = _clock(trainer)
         self._norms = tracked_norms(module)
         self._norms_of_step = -1
-        self._closed = False
+        self._norm_buffers: list[tuple[Tensor, Tensor]] = []
+        self.open = True
         self._load(restored)
 
     def begin(self) -> None:
@@ -75,7 +78,10 @@ class Session:
         """
         for stage in self.stages:
             stage.begin(self)
-        self._probe()
+        if any(stage.needs_scores for stage in self.stages):
+            scores = self._probe()
+            for stage in self.stages:
+                stage.check_scores(scores)
         self.latent.attach(self.trainer.optimizers)
         if self.trainer.is_global_zero:
             print(f"\n{self.schedule()}\n")
@@ -96,20 +102,23 @@ class Session:
             size = estimated_bytes(dense, weights, sparsity, bits)
             rows.append(
                 (
-                    f"{self.clock.epoch_of(batch):g}"[:6],
+                    self.clock.label(batch),
                     phase,
                     f"{guess}{sparsity:.1%}",
                     "32" if bits is None else f"{bits:g}",
                     f"~{size / 1000:,.1f} kB ({size / dense:.1%})",
                 )
             )
-        rows.append((f"{self.clock.epochs:g}", "end", "", "", ""))
+        rows.append((self.clock.label(self.clock.batches), "end", "", "", ""))
         return table(("from epoch", "phase", "sparsity", "bits", "estimated size"), rows)
 
     def advance(self, batch_idx: int) -> None:
         """Let every stage do what is due at this batch of the epoch."""
+        self.epoch_begins = batch_idx == 0
         for stage in self.stages:
             stage.advance(self, self.position(batch_idx))
+        if not self._norm_buffers:  # else the last step was dropped, and these are still the last good ones
+            self._norm_buffers = [(each, each.clone()) for norm in self._norms for each in norm.buffers()]
 
     def finish(self) -> None:
         """BatchNorm, then the stages' last words."""
@@ -120,8 +129,8 @@ class Session:
 
     def close(self) -> None:
         """Leave the model compressed and usable; may be called twice."""
-        if not self._closed:
-            self._closed = True
+        if self.open:
+            self.open = False
             self.latent.detach()
 
     # --- what the stages use
@@ -132,7 +141,14 @@ class Session:
 
     def position(self, batch_idx: int) -> int:
         """Batches since the start of the fit."""
+        if self.clock.epoch_batches is None:
+            return self.trainer.fit_loop.epoch_loop.total_batch_idx
         return self.trainer.current_epoch * self.clock.epoch_batches + batch_idx
+
+    def epoch(self, batch: int) -> float:
+        """Epochs done at a batch."""
+        known = self.clock.epoch_of(batch)
+        return self.trainer.current_epoch if known is None else round(known, 4)
 
     def start(self, batch: int) -> None:
         """Tell all stages, once, that the weights are about to change."""
@@ -142,7 +158,7 @@ class Session:
                 stage.before_compression(self, batch)
 
     def rescore(self, batch: int) -> ScoreMap | None:
-        """Score all layers on training samples; None, and a halt, where relevance is not finite."""
+        """Score all layers on training samples; None, and a halt, where relevance is not finite or nowhere."""
         samples = max(self.scoring.samples, 1)
         total = max(1, -(-samples // training_batch_size(self.trainer)))
         seed = self.scoring.seed * 1_000_003 + batch
@@ -160,13 +176,14 @@ class Session:
         except NonFiniteError as error:
             self.halt(f"relevance is not finite: {error}")
             return None
-        self.scores = self._agree_on_scores(scores)
-        sums = {name: float(tensor.abs().sum()) for name, tensor in self.scores.relevance.items()}
-        total_relevance = sum(value for value in sums.values() if value == value)
-        self._shares = {
-            name: value / total_relevance for name, value in sums.items() if value == value and total_relevance > 0
-        }
-        return self.scores
+        scores = self._agree_on_scores(scores)
+        sums = {name: float(scores.relevance[name].abs().sum()) for name in scores.score if name not in scores.unknown}
+        if sum(sums.values()) == 0:
+            self.halt("relevance is zero everywhere: what is explained does not depend on the weights")
+            return None
+        self.scores = scores
+        self._shares = {name: value / sum(sums.values()) for name, value in sums.items()}
+        return scores
 
     def _agree_on_buffers(self) -> None:
         """BatchNorm statistics of rank 0, as DDP itself takes them: scores are made in evaluation mode."""
@@ -197,8 +214,8 @@ class Session:
 
     def record(self, event: str, batch: int, message: str, **facts: float | int | str) -> None:
         """Remember a step for the report, and say it once."""
-        self.history.append({"event": event, "epoch": round(self.clock.epoch_of(batch), 4), **facts})
-        rank_zero_info(f"[compression] epoch {self.clock.epoch_of(batch):.2f}: {message}")
+        self.history.append({"event": event, "epoch": self.epoch(batch), **facts})
+        rank_zero_info(f"[compression] epoch {self.epoch(batch):.2f}: {message}")
 
     # --- during training
 
@@ -211,8 +228,20 @@ class Session:
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if not scaled and not _finite_gradients(optimizer):
             optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, good in self._norm_buffers:
+                    buffer.copy_(good)
             self.halt(f"loss or gradients are not finite at step {self.trainer.global_step}; such steps are left out")
+        else:
+            self._norm_buffers = []
         self.latent.before_step(optimizer)
+
+    def after_batch(self, outputs: Any) -> None:
+        """Close what a skipped step left open; a gradient scaler hides a loss that is not finite, so look at it."""
+        self.latent.settle()
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and not torch.isfinite(loss).all():
+            self.halt(f"loss is not finite before step {self.trainer.global_step}")
 
     def refresh_batchnorm(self) -> None:
         """Estimate BatchNorm statistics of compressed weights anew, once per set of weights."""
@@ -223,12 +252,13 @@ class Session:
         validating = self.trainer.validating
         self.trainer.training = True  # the batch hooks ask, and these are training batches
         try:
-            with self.trainer.precision_plugin.forward_context():
+            with isolate_rng(), self.trainer.precision_plugin.forward_context():
                 update_batchnorm(
                     self.module,
                     self._norms,
                     calibration_batches(self.trainer, samples=_BATCHNORM_SAMPLES, seed=self.trainer.global_step),
                 )
+            self._agree_on_buffers()
         finally:
             if validating:
                 self.trainer.validating = True
@@ -271,10 +301,8 @@ class Session:
         if "scores" in state:
             self.scores = ScoreMap(**state["scores"])
 
-    def _probe(self) -> None:
+    def _probe(self) -> ScoreMap:
         """Score one batch: finds a batch that is not understood, and layers that get no relevance."""
-        if not any(stage.needs_scores for stage in self.stages):
-            return
         batches = calibration_batches(self.trainer, samples=1, seed=self.scoring.seed)
         try:
             scores = score(self.module, batches, layers=tuple(self.latent.parameters), explain=self.scoring.explain)
@@ -286,6 +314,7 @@ class Session:
             if layer not in known:
                 reason = "relevance unknown (not reached by an ordinary layer call): never pruned, largest bit width"
                 self.skipped.append(Skipped(layer, reason))
+        return scores
 
 
 def _thinned(points: list[tuple[int, str]], most: int = 6) -> list[tuple[int, str]]:
@@ -311,19 +340,30 @@ def _clock(trainer: Trainer, start: int | None = None) -> Clock:
     Raises:
         ValueError: It is not known.
     """
-    epoch = trainer.num_training_batches
+    epoch = None if trainer.num_training_batches == float("inf") else max(int(trainer.num_training_batches), 1)
     limits = []
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and epoch != float("inf"):
-        limits.append(trainer.max_epochs * int(epoch))
+    if epoch is not None and trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs * epoch)
     if trainer.max_steps >= 0:
-        limits.append(trainer.max_steps * trainer.accumulate_grad_batches)
+        limits.append(_batches_of(trainer, trainer.max_steps, epoch))
     if not limits:
         raise ValueError(
             "the length of the fit is not known, so its phases cannot be laid out: set Trainer(max_steps=...), or "
             "max_epochs together with limit_train_batches or a dataset that has a length"
         )
     batches = max(min(limits), 1)
-    epoch_batches = batches if epoch == float("inf") else max(int(epoch), 1)
     if start is None:
-        start = min(trainer.current_epoch * epoch_batches, batches - 1)
-    return Clock(batches, epoch_batches, start)
+        begun = trainer.fit_loop.epoch_loop.total_batch_idx + 1 if epoch is None else trainer.current_epoch * epoch
+        start = min(begun, batches - 1)
+    return Clock(batches, epoch, start)
+
+
+def _batches_of(trainer: Trainer, steps: int, epoch: int | None) -> int:
+    """Batches that so many optimizer steps take; the last batches of an epoch are a step, even if fewer."""
+    if not trainer.lightning_module.automatic_optimization:
+        return max(steps // max(len(trainer.optimizers), 1), 1)  # every optimizer counts its steps
+    accumulate = trainer.accumulate_grad_batches
+    if epoch is None:
+        return steps * accumulate
+    epochs, rest = divmod(steps, -(-epoch // accumulate))
+    return epochs * epoch + min(rest * accumulate, epoch)

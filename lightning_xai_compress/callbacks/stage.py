@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Trainer
 
+from lightning_xai_compress.plan import ScoreMap
 from lightning_xai_compress.relevance import Explain
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class Stage(ABC):
 
     def begin(self, session: Session) -> None:  # noqa: B027
         """Refuse, before the first batch, what does not fit this model, its data or the length of the fit."""
+
+    def check_scores(self, scores: ScoreMap) -> None:  # noqa: B027
+        """Refuse, before the first batch, what cannot be met with the layers whose relevance is known."""
 
     def phases(self) -> list[tuple[int, str]]:
         """Batches at which something happens, each with the phase that it belongs to, for the schedule."""

@@ -66,7 +66,6 @@ def allocate_bits(
         for width in widths:
             scale, squared = fit_scales(weights[name], width)
             scales[name].append(scale)
-            # a channel whose every sensitivity is zero still prefers the grid that is nearer to its weights
             errors.append((sensitivity * squared).flatten(1).sum(1, dtype=torch.float64))
         costs.append(torch.stack(errors, 1).cpu())
         sizes.append(torch.full((len(costs[-1]),), weights[name][0].numel(), dtype=torch.float64))
@@ -93,6 +92,7 @@ def _knapsack(cost: Tensor, size: Tensor, widths: Tensor, average_bits: float) -
             f"{int(widths[-1])} bits, which alone makes the mean {forced / float(size.sum()):.2f}; raise average_bits "
             "or exclude their layers"
         )
+    budget = max(budget, forced)  # equal but for rounding
 
     def choose(price: float) -> Tensor:
         choice = (cost + price * price_of).argmin(1)  # the narrower of two that cost the same

@@ -3,8 +3,9 @@
 LRP passes relevance R back from an output. Written as c = R / activation, LRP-epsilon of a linear map
 z = w x + b (Bach et al. 2015, eq. 58; Montavon et al. 2019, sec. 10.2.2) becomes c_z <- c_z |z| / (|z| + epsilon)
 followed by the ordinary backward pass: R_x = x c_x, and the share of one weight is R_w = w times the weight gradient.
-ReLU-like functions, pooling, sums, concatenation and BatchNorm in evaluation mode need nothing at all; smooth
-activations pass the secant f(z) / z instead of the slope. A `TorchFunctionMode` puts this into an ordinary
+ReLU-like functions, pooling, sums, concatenation and BatchNorm in evaluation mode need nothing at all; GELU, SiLU,
+Mish, ELU, Hardswish, ReLU6 and tanh pass the secant f(z) / z instead of the slope. All else (sigmoid gates, LayerNorm,
+softmax) passes its ordinary gradient. A `TorchFunctionMode` puts this into an ordinary
 `torch.autograd.grad` over detached parameters, so that nothing of the model is touched.
 """
 
@@ -32,7 +33,8 @@ _CONVOLUTIONS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     F.conv2d: conv2d_weight,
     F.conv3d: conv3d_weight,
 }
-_SECANT = (F.gelu, F.silu, F.hardswish, F.relu6)
+_SECANT = (F.gelu, F.silu, F.mish, F.elu, F.hardswish, F.hardtanh, F.relu6, torch.tanh, Tensor.tanh, F.tanh)
+_INPLACE_ONLY = (F.silu, F.mish, F.hardswish, F.relu6)
 
 
 def score(
@@ -75,10 +77,12 @@ def score(
     if explain not in ("margin", "logit"):
         raise ValueError(f"explain must be 'margin' or 'logit', got {explain!r}")
     names = tuple(layers) if layers is not None else find_layers(model).names
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast(_device_type(model), enabled=False),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type),
         evaluation(model),
     ):
         leaves = {
@@ -192,14 +196,18 @@ class _Sums(TorchFunctionMode):
         z.register_hook(backward)
         # what follows may write in place (nn.ReLU(inplace=True)); the rule needs z as it was
         output = z.clone() if self.epsilon else z
-        if name is not None:
+        if name is not None and (func is not F.linear or z.dim() == 2):  # channels of z are the rows of the weight
             self._outputs[id(output)] = (output, name)
         return output
 
     def _secant(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("inplace", None)
-        if func in (F.silu, F.hardswish, F.relu6):  # their only further argument is inplace
+        if func in _INPLACE_ONLY:  # their only further argument
             args = ()
+        elif func is F.elu:
+            args = args[:1]
+        elif func is F.hardtanh:
+            args = args[:2]
         passed: Tensor = _Secant.apply(input, lambda z: func(z, *args, **kwargs))
         return passed
 
@@ -297,7 +305,3 @@ def _to_autograd(value: Any) -> Any:
         members = [_to_autograd(member) for member in value]
         return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
     return value
-
-
-def _device_type(model: nn.Module) -> str:
-    return next((parameter.device.type for parameter in model.parameters()), "cpu")

@@ -2,7 +2,9 @@
 
 In the gradient domain (c = R / activation) the start is c = 1 at the explained tensor, so what is explained is fully
 told by a tensor. The contrastive margin is the logits times minus the gradient of the loss that goes with them:
-onehot - softmax for class indices, target - sigmoid for several labels, target - output for regression.
+onehot - softmax for class indices and for class probabilities, target - sigmoid for labels in [0, 1] (one or several),
+target - output for regression. Which of the last three it is, a target in the shape of the output tells by its values
+alone; where that guess is wrong, a `relevance_step` says it.
 """
 
 from __future__ import annotations
@@ -106,19 +108,20 @@ def explained_tensor(model: nn.Module, batch: Any, batch_idx: int, explain: Expl
 
 
 def _select(logits: Tensor, target: Tensor, explain: Explain) -> Tensor:
-    if logits.dim() == target.dim() + 1 and not torch.is_floating_point(target):
+    if logits.dim() == target.dim() + 1 and logits.shape[1] > 1 and not torch.is_floating_point(target):
         classes = logits.shape[1]
         valid = (target >= 0) & (target < classes)  # what CrossEntropyLoss ignores (-100) is not explained
         onehot = torch.nn.functional.one_hot(target.clamp(0, classes - 1).long(), classes).movedim(-1, 1).to(logits)
         onehot = onehot * valid.unsqueeze(1)
         start = onehot if explain == "logit" else onehot - logits.softmax(1) * valid.unsqueeze(1)
-    elif logits.shape == target.shape or logits.numel() == target.numel():
+    elif logits.squeeze().shape == target.squeeze().shape:
         wanted = target.reshape(logits.shape).to(logits)
-        several_labels = bool(((wanted == 0) | (wanted == 1)).all())
-        if several_labels:
-            start = wanted if explain == "logit" else wanted - logits.sigmoid()
-        else:
+        if not bool(((wanted >= 0) & (wanted <= 1)).all()):
             start = torch.ones_like(logits) if explain == "logit" else wanted - logits
+        elif logits.dim() > 1 and logits.shape[1] > 1 and torch.allclose(wanted.sum(1), wanted.new_ones(())):
+            start = wanted if explain == "logit" else wanted - logits.softmax(1)
+        else:
+            start = wanted if explain == "logit" else wanted - logits.sigmoid()
     else:
         raise RelevanceError(
             f"logits of shape {tuple(logits.shape)} and a {target.dtype} target of shape {tuple(target.shape)} do not "

@@ -9,7 +9,7 @@ def test_shares_and_epochs_name_batches():
     clock = Clock(batches=120, epoch_batches=10)
 
     assert (clock.batch_of(0.25), clock.batch_of(0.6), clock.batch_of(3), clock.batch_of(0)) == (30, 72, 30, 0)
-    assert clock.epochs == 12
+    assert clock.epoch_of(120) == 12
     assert clock.epoch_of(72) == 7.2
 
 
@@ -38,3 +38,12 @@ def test_the_end_of_the_fit_is_past_it():
 def test_impossible_moments_are_refused(moment, text):
     with pytest.raises(ValueError, match=text):
         check_moment("warmup", moment)
+
+
+def test_without_a_known_epoch_only_shares_name_batches():
+    clock = Clock(batches=40, epoch_batches=None)
+
+    assert clock.batch_of(0.25) == 10
+    assert clock.label(10) == "25% of the fit"
+    with pytest.raises(ValueError, match=r"phases are given in epochs \(3\), but the training data has no length"):
+        clock.batch_of(3)

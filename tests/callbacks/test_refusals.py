@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins.precision import MixedPrecision as PrecisionPlugin
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -22,7 +23,7 @@ from lightning_xai_compress import (
 )
 from lightning_xai_compress.errors import ArtifactError, RelevanceError
 
-from toy import Corners, ToyNet, compression, fit
+from toy import Corners, ToyNet, compression, fit, trainer
 
 
 @pytest.mark.parametrize(
@@ -184,20 +185,127 @@ def test_lbfgs_is_refused_before_training(tmp_path):
 
 
 def test_a_fit_of_unknown_length_is_refused(tmp_path):
-    class Endless(Corners):
-        def train_dataloader(self):
-            class Stream(torch.utils.data.IterableDataset):
-                def __iter__(stream):
-                    return iter(self.data)
-
-            return DataLoader(Stream(), batch_size=16)
-
     with pytest.raises(ValueError, match=r"the length of the fit is not known.*Trainer\(max_steps=...\)"):
         fit(tmp_path, [compression(tmp_path)], data=Endless())
 
+
+class Endless(Corners):
+    """A stream that does not know its length: four batches, then the epoch is over."""
+
+    def train_dataloader(self):
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(stream):
+                return iter(self.data)
+
+        return DataLoader(Stream(), batch_size=16)
+
+
+def test_a_stream_is_compressed_over_max_steps(tmp_path):
     callback = compression(tmp_path)
-    fit(tmp_path, [callback], data=Endless(), max_steps=20, max_epochs=-1)
+    fit(tmp_path, [callback], data=Endless(), max_steps=40, max_epochs=-1)
+
+    steps = [(event["event"], event["epoch"]) for event in callback.report.history]
     assert callback.report.sparsity == 0.5
+    # 40 steps are 10 epochs: pruning from step 10 in epoch 2, quantized from step 24 in epoch 6
+    assert steps[0] == ("pruned", 2)
+    assert len(steps) == 7
+    assert steps[-1] == ("quantized", 6)
+
+
+def test_epochs_as_phases_of_a_stream_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"phases are given in epochs \(2\), but the training data has no length"):
+        fit(tmp_path, [compression(tmp_path, warmup=2)], data=Endless(), max_steps=40, max_epochs=-1)
+
+
+def test_a_stream_that_calibration_would_use_up_is_refused(tmp_path):
+    class Once(Corners):
+        def train_dataloader(self):
+            class Stream(torch.utils.data.IterableDataset):
+                def __iter__(stream):
+                    return stream
+
+                def __next__(stream):
+                    return self.data[0]
+
+            return DataLoader(Stream(), batch_size=16)
+
+    with pytest.raises(ValueError, match=r"Stream.__iter__ returns the dataset itself.*return a new iterator"):
+        fit(tmp_path, [compression(tmp_path)], data=Once(), max_steps=4, max_epochs=-1)
+
+
+def test_the_length_of_a_fit_with_accumulation_counts_the_short_last_window(tmp_path):
+    """5 batches an epoch and accumulation of 4 are 2 steps an epoch: 10 steps are 5 epochs."""
+    callback = compression(tmp_path, pruning_end=0.7)
+    fit(tmp_path, [callback], data=Corners(80), accumulate_grad_batches=4, max_steps=10, max_epochs=-1)
+
+    events = {event["event"]: event["epoch"] for event in callback.report.history}
+    assert events["quantized"] == pytest.approx(0.7 * 5, abs=0.21)
+
+
+class Distilled(ToyNet):
+    """A frozen teacher that the explained logits never meet: 2,048 weights of unknown relevance."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Linear(512, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"sparsity": 0.5},
+            "sparsity=0.5 cannot be met: relevance reaches only 27.5% of the compressible",
+        ),
+        (
+            {"sparsity": 0.1},
+            "average_bits=3.0 cannot be met: relevance does not reach teacher.weight, which keep",
+        ),
+    ],
+)
+def test_what_layers_of_unknown_relevance_make_impossible_is_refused_before_training(tmp_path, settings, text):
+    model = Distilled()
+    with pytest.raises(ValueError, match=re.escape(text)):
+        fit(tmp_path, [compression(tmp_path, **settings)], model)
+    assert model.losses == []
+
+
+def test_a_metric_that_gives_several_numbers_is_refused_before_training(tmp_path):
+    model = ToyNet()
+    with pytest.raises(ValueError, match="metric MulticlassAccuracy must compute one number"):
+        fit(tmp_path, [compression(tmp_path, metric=MulticlassAccuracy(4, average=None))], model)
+    assert model.losses == []
+
+
+def test_a_named_metric_of_earlier_weights_is_not_passed_off_as_the_final_one(tmp_path):
+    callback = compression(tmp_path, metric="val_acc")
+    with pytest.warns(UserWarning, match="metric='val_acc' was last measured at epoch 6, not on the final weights"):
+        fit(tmp_path, [callback], check_val_every_n_epoch=3)
+    assert callback.report.compressed.accuracy is None
+
+
+def test_weight_averaging_is_refused(tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    with pytest.raises(ValueError, match="EMAWeightAveraging averages weights after they were pruned and quantized"):
+        fit(tmp_path, [compression(tmp_path), EMAWeightAveraging()])
+
+
+def test_a_module_interrupted_in_a_fit_can_be_validated(tmp_path):
+    class Failing(ToyNet):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 25:
+                raise RuntimeError("stop")
+            return super().training_step(batch, batch_idx)
+
+    model, run = Failing(), trainer(tmp_path, [compression(tmp_path)])
+    with pytest.raises(RuntimeError, match="stop"):
+        run.fit(model, datamodule=Corners())
+    before = model.norm.running_mean.clone()
+
+    run.validate(model, datamodule=Corners(), verbose=False)
+
+    assert torch.equal(model.norm.running_mean, before)
 
 
 def test_the_same_stage_twice_is_refused(tmp_path):
@@ -237,6 +345,42 @@ def test_nan_loss_stops_pruning_and_keeps_the_last_good_weights(tmp_path):
     assert 0 < callback.report.sparsity < 0.45
     assert callback.report.halted.startswith("loss or gradients are not finite at step 11")
     assert callback.report.artifacts[0].max_abs_diff == 0
+
+
+def test_a_nan_image_does_not_poison_the_batchnorm_statistics(tmp_path):
+    class Bad(Corners):
+        def __init__(self):
+            super().__init__()
+            self.data.tensors[0][5] = torch.nan
+
+    callback = compression(tmp_path)
+    with pytest.warns(UserWarning, match="pruning stops here and the last good weights are kept"):
+        model, _ = fit(tmp_path, [callback], data=Bad(), num_sanity_val_steps=0)
+
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+def test_nan_loss_behind_a_gradient_scaler_stops_pruning(tmp_path):
+    class Poisoned(ToyNet):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.nan if self.trainer.current_epoch == 3 else loss
+
+    callback = compression(tmp_path)
+    with pytest.warns(UserWarning, match="pruning stops here .* loss is not finite before step"):
+        fit(tmp_path, [callback], Poisoned(), plugins=[PrecisionPlugin("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
+    assert callback.report.sparsity < 0.5
+
+
+def test_relevance_that_is_zero_everywhere_stops_pruning(tmp_path):
+    class Mute(ToyNet):
+        def relevance_step(self, batch, batch_idx):
+            return 0 * self(batch[0])
+
+    callback = compression(tmp_path)
+    with pytest.warns(UserWarning, match="relevance is zero everywhere"):
+        fit(tmp_path, [callback], Mute())
+    assert callback.report.sparsity == 0
 
 
 def test_nan_relevance_stops_pruning_and_keeps_the_last_good_weights(tmp_path):

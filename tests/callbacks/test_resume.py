@@ -6,6 +6,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_xai_compress import MixedPrecision, Pruning, RelevancePruning
+
 from toy import ToyNet, compression, fit
 
 
@@ -117,3 +119,15 @@ def test_the_same_callback_on_a_new_model_starts_afresh(tmp_path):
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
     assert second is not first
+
+
+def test_stages_may_be_listed_in_another_order_on_resuming(tmp_path):
+    def stages():
+        return [RelevancePruning(sparsity=0.5, pruning=Pruning(steps=6)), MixedPrecision(average_bits=4.0)]
+
+    saver = checkpoints(tmp_path / "ckpt", every_n_epochs=1)
+    whole, _ = fit(tmp_path, [*stages(), saver], enable_checkpointing=True)
+    resumed, _ = fit(tmp_path, stages()[::-1], ckpt_path=str(tmp_path / "ckpt" / "epoch=3-step=16.ckpt"))
+
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name

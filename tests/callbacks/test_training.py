@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision as PrecisionPlugin
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_xai_compress import LatentCopyError, load_compressed
+from lightning_xai_compress import LatentCopyError, Scoring, load_compressed
 
 from toy import Corners, EpochSampler, ToyNet, compression, fit
 
@@ -227,3 +228,72 @@ def test_frozen_batchnorm_keeps_its_statistics(tmp_path):
 
     assert torch.equal(model.norm.running_mean, torch.zeros(8))
     assert int(model.norm.num_batches_tracked) == 0
+
+
+def test_calibration_draws_only_what_the_sampler_gives(tmp_path):
+    class Split(Corners):
+        def train_dataloader(self):
+            self.read = []
+
+            def collate(samples):
+                self.read += [float(x.sum()) for x, _ in samples]
+                return torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples])
+
+            sampler = torch.utils.data.SubsetRandomSampler(range(48))
+            return DataLoader(self.data, batch_size=16, sampler=sampler, collate_fn=collate)
+
+    data = Split()
+    fit(tmp_path, [compression(tmp_path)], data=data)
+
+    held_out = {float(x.sum()) for x, _ in list(data.data)[48:]}
+    assert data.read
+    assert not held_out & set(data.read)
+
+
+@pytest.mark.parametrize("kind", ["drop last", "own batch sampler", "whole batches"])
+def test_calibration_batches_are_like_the_training_ones(tmp_path, kind):
+    """With one sample too many, a ragged batch of one would be too small for BatchNorm on vectors."""
+    sizes = []
+
+    class Ragged(Corners):
+        def train_dataloader(self):
+            if kind == "drop last":
+                return DataLoader(self.data, batch_size=16, drop_last=True)
+            if kind == "whole batches":
+                x, y = self.data.tensors
+                batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
+                return DataLoader(batches, batch_size=None)
+
+            class Own(torch.utils.data.Sampler):
+                def __len__(self):
+                    return 4
+
+                def __iter__(self):
+                    return iter([list(range(i, i + 16)) for i in range(0, 64, 16)])
+
+            return DataLoader(self.data, batch_sampler=Own())
+
+    class Vectors(ToyNet):
+        def __init__(self):
+            super().__init__()
+            self.flat = torch.nn.BatchNorm1d(32)
+
+        def forward(self, x):
+            sizes.append(len(x))
+            x = F.relu(self.norm(self.first(x)))
+            x = F.avg_pool2d(F.relu(self.second(x)), 3)
+            return self.head(self.flat(x.flatten(1)))
+
+    callback = compression(tmp_path, scoring=Scoring(samples=20))
+    fit(tmp_path, [callback], Vectors, data=Ragged(65), limit_val_batches=0)
+
+    assert callback.session.scores.samples == 32  # whole batches of 16
+    assert set(sizes) == {16}
+    assert callback.report.sparsity == 0.5
+
+
+def test_measuring_a_metric_leaves_the_training_order_alone(tmp_path):
+    plain, _ = fit(tmp_path, [], Batches, Shuffled())
+    ours, _ = fit(tmp_path, [compression(tmp_path, metric=MulticlassAccuracy(4))], Batches, Shuffled())
+
+    assert torch.equal(torch.stack(plain.seen), torch.stack(ours.seen))

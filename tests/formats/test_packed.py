@@ -639,7 +639,7 @@ def test_loading_needs_nothing_but_torch_numpy_safetensors_and_constriction(tmp_
     script = (
         "import sys\n"
         f"for name in {FOREIGN!r}: sys.modules[name] = None\n"
-        "from lightning_xai_compress.formats.packed import load_compressed\n"
+        "from lightning_xai_compress import load_compressed\n"
         "print(float(load_compressed(sys.argv[1])['head.weight'].double().sum()))\n"
     )
 

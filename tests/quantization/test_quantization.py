@@ -171,6 +171,15 @@ def test_channels_of_unknown_relevance_get_the_largest_width():
     assert allocation.average_bits <= 4.0
 
 
+def test_a_budget_that_is_just_enough_ends():
+    weight = {"a": weights(1, 1), "b": weights(1, 22)}
+    sensitivity = {"a": torch.full((1, 1), torch.nan), "b": torch.ones(1, 22)}
+
+    allocation, _ = allocate_bits(weight, score_map(sensitivity), average_bits=2.260869565217391, bits=(2, 8))
+
+    assert (allocation["a"].tolist(), allocation["b"].tolist()) == ([8], [2])
+
+
 def test_a_budget_that_unknown_channels_exceed_is_refused():
     weight = {"a": weights(6, 8), "b": weights(2, 8)}
     sensitivity = {"a": torch.full((6, 8), torch.nan), "b": torch.ones(2, 8)}

@@ -180,6 +180,30 @@ def test_score_is_rms_relevance_times_weight_with_the_norm_folded_in():
     )
 
 
+def test_a_norm_over_another_axis_than_the_rows_of_the_weight_is_not_folded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(21, 3)).double()
+    x, y = batch(6, 3, 5, classes=3)
+
+    scores = score(model, [(x, y)])
+
+    weight = model[0].weight.detach()
+    torch.testing.assert_close(scores.score["0.weight"], weight.square() * scores.sensitivity["0.weight"].sqrt())
+
+
+def test_random_numbers_drawn_in_a_forward_pass_are_not_the_trainings():
+    class Noisy(Net):
+        def forward(self, x):
+            return F.dropout(super().forward(x), training=True)
+
+    model, (x, y) = build(Noisy), batch(8, 2, 6, 6)
+    before = torch.get_rng_state()
+
+    score(model, [(x, y)])
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_scale_of_a_weight_before_batchnorm_does_not_change_its_score():
     model, (x, y) = build(Net), batch(8, 2, 6, 6)
     before = score(model, [(x, y)], epsilon=0.0)
@@ -195,7 +219,10 @@ def test_scale_of_a_weight_before_batchnorm_does_not_change_its_score():
         torch.testing.assert_close(after.score[name], before.score[name], rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("function", [F.gelu, F.silu, F.hardswish, F.relu6])
+@pytest.mark.parametrize(
+    "function",
+    [F.gelu, F.silu, F.hardswish, F.relu6, F.mish, F.elu, torch.tanh, nn.ReLU6(inplace=True), nn.Tanh(), nn.ELU(0.5)],
+)
 def test_smooth_activations_pass_the_secant(function):
     torch.manual_seed(0)
 
@@ -213,7 +240,7 @@ def test_smooth_activations_pass_the_secant(function):
     scores = score(model, [(x, y)], explain="logit", epsilon=0.0)
 
     z = model.first(x).detach()
-    c = model.second.weight.detach()[y] * function(z) / z
+    c = model.second.weight.detach()[y] * function(z.clone()) / z
     torch.testing.assert_close(
         scores.relevance["first.weight"], model.first.weight.detach() * (c.T @ x) / 5, rtol=1e-9, atol=1e-12
     )
@@ -286,7 +313,7 @@ def test_the_pass_frees_its_graph():
 
     gc.collect()
     hidden = (11, 6, 6, 6)
-    assert not [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.shape == hidden]
+    assert not [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape == hidden]
 
 
 def test_scores_are_the_same_within_inference_mode():

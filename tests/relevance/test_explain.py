@@ -81,8 +81,10 @@ def test_a_relevance_step_must_return_a_tensor(linear):
     [
         (torch.tensor([[1.0, 0.0, 1.0]] * 6), lambda z, t: F.binary_cross_entropy_with_logits(z, t, reduction="sum")),
         (torch.linspace(-2, 2, 18).view(6, 3), lambda z, t: 0.5 * (z - t).square().sum()),
+        (torch.rand(6, 3).softmax(1), lambda z, t: F.cross_entropy(z, t, reduction="sum")),
+        (F.one_hot(Y, 3).float(), lambda z, t: F.cross_entropy(z, t, reduction="sum")),
     ],
-    ids=["several labels", "regression"],
+    ids=["several labels", "regression", "soft classes", "one-hot classes"],
 )
 def test_the_margin_is_minus_the_loss_gradient_of_several_labels_and_regression(linear, target, loss):
     explained, _ = explained_tensor(linear, (X, target), 0, "margin")
@@ -90,6 +92,25 @@ def test_the_margin_is_minus_the_loss_gradient_of_several_labels_and_regression(
     logits = linear(X).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(logits, target), logits)
     torch.testing.assert_close(explained, -gradient * logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_one_logit_and_binary_labels_are_explained_by_the_sigmoid(dtype, shape):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    target = torch.tensor([0, 1, 1, 0, 1, 0])
+
+    explained, _ = explained_tensor(model, (X, target.to(dtype).view(shape)), 0, "margin")
+
+    logits = model(X).detach()
+    torch.testing.assert_close(explained, logits * (target.view(6, 1) - logits.sigmoid()))
+    assert explained.abs().sum() > 0
+
+
+def test_a_transposed_target_is_refused(linear):
+    with pytest.raises(RelevanceError, match=r"logits of shape \(6, 3\) and a torch.float32 target of shape \(3, 6\)"):
+        explained_tensor(linear, (X, torch.ones(3, 6)), 0, "margin")
 
 
 def test_segmentation_is_explained_by_pixel_and_ignored_pixels_are_not():

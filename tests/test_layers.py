@@ -1,0 +1,72 @@
+"""What is compressible, and what is named instead."""
+
+import pytest
+from torch import nn
+from torch.nn.utils import prune
+
+from lightning_xai_compress import CompressionError
+from lightning_xai_compress.layers import find_layers
+
+
+class Tied(nn.Module):
+    def __init__(self, first):
+        super().__init__()
+        self.enc, self.dec, self.head = first, nn.Linear(4, 4), nn.Linear(4, 2)
+        self.dec.weight = self.enc.weight
+
+
+def reasons(layers):
+    return {entry.name: entry.reason for entry in layers.skipped}
+
+
+def test_linear_and_convolutions_are_found_by_parameter_name():
+    model = nn.Sequential(
+        nn.Conv1d(1, 2, 3), nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv3d(1, 2, 3), nn.Linear(2, 2)
+    )
+
+    layers = find_layers(model)
+
+    assert layers.names == ("0.weight", "1.weight", "2.weight", "4.weight")
+    assert layers.skipped == ()
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.GRU(2, 2), "recurrent layer"),
+        (nn.LSTMCell(2, 2), "recurrent layer"),
+        (nn.ConvTranspose2d(2, 2, 2), "transposed convolution"),
+        (nn.Embedding(4, 2), "embedding"),
+        (nn.MultiheadAttention(2, 1), "attention input projection"),
+        (nn.Bilinear(2, 2, 2), "Bilinear holds weights but is no Linear or Conv1d/2d/3d"),
+        (nn.LazyLinear(3), "lazy layer"),
+        (prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5), "masked by torch.nn.utils"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "parametrized"),
+        (nn.Linear(2, 2).to(dtype=__import__("torch").complex64), "not real floating point"),
+    ],
+)
+def test_what_is_not_compressed_is_named_with_its_reason(layer, reason):
+    layers = find_layers(nn.ModuleDict({"odd": layer, "head": nn.Linear(2, 2)}))
+
+    assert "head.weight" in layers.names
+    assert not any(name == "odd.weight" for name in layers.names)
+    assert any(name.startswith("odd") and reason in why for name, why in reasons(layers).items())
+
+
+@pytest.mark.parametrize("pattern", ["enc", "dec", "enc.weight"])
+def test_a_tied_weight_is_left_alone_under_all_of_its_names(pattern):
+    layers = find_layers(Tied(nn.Linear(4, 4)), exclude=[pattern])
+
+    assert layers.names == ("head.weight",)
+
+
+def test_a_weight_tied_to_an_embedding_is_left_alone():
+    layers = find_layers(Tied(nn.Embedding(4, 4)))
+
+    assert layers.names == ("head.weight",)
+    assert "embedding" in reasons(layers)["enc"]
+
+
+def test_nothing_left_is_an_error_that_says_why():
+    with pytest.raises(CompressionError, match=r"Sequential has nothing to compress.*0: excluded by '\*'"):
+        find_layers(nn.Sequential(nn.Linear(2, 2)), exclude=["*"])
