@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -23,6 +24,8 @@ class ImageData(L.LightningDataModule):
     The order of each epoch is drawn from seed and epoch alone, so that a resumed fit sees what it would have seen.
     """
 
+    flip = False  # mirror half of the training images
+
     def __init__(self, batch_size: int = 128, seed: int = 0) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -36,6 +39,13 @@ class ImageData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.train, self.val, self.test = (TensorDataset(*images) for images in self.load())
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if not (self.flip and self.trainer is not None and self.trainer.training):
+            return batch
+        images, labels = batch
+        mirrored = torch.rand(len(images), device=images.device) < 0.5
+        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images), labels
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         sampler = EpochSampler(len(self.train), self.seed)
@@ -89,6 +99,8 @@ class FashionMNISTData(ImageData):
         root: Folder of the four idx files; by default where Debian's `dataset-fashion-mnist` has them. Elsewhere
             torchvision downloads them to `data/`.
     """
+
+    flip = True
 
     def __init__(self, batch_size: int = 128, seed: int = 0, root: str | None = None) -> None:
         super().__init__(batch_size, seed)

@@ -18,11 +18,10 @@ class ImageClassifier(L.LightningModule):
     Args:
         widths: Channels of the 3x3 convolutions.
         strides: Their strides.
-        flip: Mirror half of the training images.
         lr: Peak learning rate of a one-cycle schedule over the whole fit.
     """
 
-    def __init__(self, widths: Sequence[int], strides: Sequence[int], *, flip: bool = False, lr: float = 0.1) -> None:
+    def __init__(self, widths: Sequence[int], strides: Sequence[int], *, lr: float = 0.1) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, width, stride in zip((1, *widths), widths, strides, strict=False):
@@ -30,20 +29,12 @@ class ImageClassifier(L.LightningModule):
         self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10)).to(
             memory_format=torch.channels_last
         )
-        self.flip = flip
         self.lr = lr
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images.contiguous(memory_format=torch.channels_last))
         return logits
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if not (self.flip and self.trainer.training):
-            return batch
-        images, labels = batch
-        mirrored = torch.rand(len(images), device=images.device) < 0.5
-        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images), labels
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -83,4 +74,4 @@ class FashionNet(ImageClassifier):
     """0.34 M weights for 28x28 images."""
 
     def __init__(self, lr: float = 0.1) -> None:
-        super().__init__((32, 48, 64, 96, 128, 112), (1, 2, 1, 2, 1, 1), flip=True, lr=lr)
+        super().__init__((32, 48, 64, 96, 128, 112), (1, 2, 1, 2, 1, 1), lr=lr)

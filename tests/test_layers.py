@@ -20,9 +20,8 @@ def reasons(layers):
 
 
 def test_linear_and_convolutions_are_found_by_parameter_name():
-    model = nn.Sequential(
-        nn.Conv1d(1, 2, 3), nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv3d(1, 2, 3), nn.Linear(2, 2)
-    )
+    convolutions = nn.Conv1d(1, 2, 3), nn.Conv2d(1, 2, 3), nn.Conv3d(1, 2, 3)
+    model = nn.Sequential(*convolutions, nn.BatchNorm2d(2), nn.Linear(2, 2))
 
     layers = find_layers(model)
 
