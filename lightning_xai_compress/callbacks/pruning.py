@@ -141,7 +141,7 @@ class RelevancePruning(CompressionCallback, Stage):
     def advance(self, session: Session, batch: int) -> None:
         """Take the latest step that is due; several at once are one."""
         due = sum(position <= batch for position in self._positions)
-        if due <= self._done or session.halted or self._target == 0:
+        if due <= self._done or self._target == 0 or session.stopped():
             return
         session.start(batch)
         scores = session.scores

@@ -212,6 +212,12 @@ class Session:
             self.halted = reason
             rank_zero_warn(f"pruning stops here and the last good weights are kept: {reason}")
 
+    def stopped(self) -> bool:
+        """Whether pruning was halted on any rank; every rank must ask at the same batch."""
+        if self.trainer.strategy.reduce_boolean_decision(bool(self.halted), all=False):
+            self.halt("another process met values that are not finite")
+        return bool(self.halted)
+
     def record(self, event: str, batch: int, message: str, **facts: float | int | str) -> None:
         """Remember a step for the report, and say it once."""
         self.history.append({"event": event, "epoch": self.epoch(batch), **facts})
