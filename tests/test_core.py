@@ -77,3 +77,34 @@ def test_an_old_file_stays_until_the_new_one_is_complete(tmp_path):
 
     assert (tmp_path / "model.safetensors").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+class ThreeWeights(nn.Module):
+    """y = 0.5 a - 1 b + 1 c: at (a, b, c) = (1, 2, 3) the shares of y = 1.5 are 0.5, -2 and 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.sum = nn.Linear(3, 1, bias=False)
+        self.sum.weight.data = torch.tensor([[0.5, -1.0, 1.0]])
+
+    def relevance_step(self, batch, batch_idx):
+        return self.sum(batch)
+
+
+@pytest.mark.parametrize(
+    ("rule", "first", "second"),
+    [
+        ("least", [False, True, True], [False, False, True]),
+        ("nonpositive", [True, False, True], [False, False, True]),
+    ],
+)
+def test_a_network_of_three_weights_by_hand(rule, first, second):
+    scores = score(ThreeWeights(), [torch.tensor([[1.0, 2.0, 3.0]])], epsilon=0.0)
+
+    assert scores.relevance["sum.weight"].tolist() == [[0.5, -2.0, 3.0]]
+    assert scores.sensitivity["sum.weight"].tolist() == [[1.0, 4.0, 9.0]]  # (x c)^2 with c = 1
+    assert scores.score["sum.weight"].tolist() == [[0.25, 2.0, 3.0]]  # |R| |w|
+    one = select_mask(scores, 1 / 3, selection=rule)
+    two = select_mask(scores, 2 / 3, selection=rule, previous=one.mask)
+    assert one.mask["sum.weight"].tolist() == [first]
+    assert two.mask["sum.weight"].tolist() == [second]
