@@ -12,7 +12,7 @@ from torch import nn
 from lightning_xai_compress.errors import CompressionError
 from lightning_xai_compress.plan import Skipped
 
-__all__ = ["COMPRESSIBLE_TYPES", "Layers", "check_patterns", "find_layers"]
+__all__ = ["COMPRESSIBLE_TYPES", "Layers", "check_patterns", "find_layers", "tensor_places"]
 
 COMPRESSIBLE_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -93,6 +93,22 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
             f"({left_out})"
         )
     return Layers(tuple(sorted(names)), tuple(Skipped(name, reason) for name, reason in sorted(reasons.items())))
+
+
+def tensor_places(model: nn.Module) -> dict[str, str]:
+    """Every place of a parameter or buffer, once, with the first name of the tensor that is there.
+
+    For `functional_call(..., tie_weights=False)`: a tied tensor has several places, but a module that is registered
+    twice has its places once. Swapping one place twice, as `tie_weights=True` does there, puts the wrong tensor back.
+    """
+    first: dict[int, str] = {}
+    places: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                place = f"{prefix}.{name}" if prefix else name
+                places[place] = first.setdefault(id(tensor), place)
+    return places
 
 
 def _why_not(module: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from lightning_xai_compress import (
     score,
     select_mask,
 )
+from lightning_xai_compress.formats import Inputs
 from lightning_xai_compress.quantization import quantize
 
 
@@ -108,3 +109,21 @@ def test_a_network_of_three_weights_by_hand(rule, first, second):
     two = select_mask(scores, 2 / 3, selection=rule, previous=one.mask)
     assert one.mask["sum.weight"].tolist() == [first]
     assert two.mask["sum.weight"].tolist() == [second]
+
+
+def test_a_module_registered_twice_is_scored_exported_and_left_as_found(tmp_path):
+    torch.manual_seed(0)
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.BatchNorm1d(8), shared, nn.ReLU(), nn.Linear(8, 3)).eval()
+    x, y = torch.randn(6, 8), torch.arange(6) % 3
+    weight = shared.weight
+
+    scores = score(model, [(x, y)], explain="logit", epsilon=0.0)
+    plan = CompressionPlan(Mask({"0.weight": torch.ones(8, 8, dtype=torch.bool)}))
+    artifacts = save(model, plan, tmp_path, formats=["safetensors", "onnx"], examples=[Inputs((x,))])
+
+    model(x).gather(1, y.unsqueeze(1)).sum().backward()
+    torch.testing.assert_close(scores.relevance["0.weight"], weight.grad * weight.detach() / 6)
+    assert shared._parameters["weight"] is weight
+    assert isinstance(shared._parameters["bias"], nn.Parameter)
+    assert all(artifact.max_abs_diff < 1e-4 for artifact in artifacts)

@@ -17,7 +17,7 @@ ALLOWED = {
     "relevance": {"errors", "plan", "layers"},
     "pruning": {"errors", "plan"},
     "quantization": {"errors", "plan"},
-    "formats": {"errors", "plan"},
+    "formats": {"errors", "plan", "layers"},
     "report": {"errors", "plan", "layers", "relevance", "formats"},
     "callbacks": {"errors", "plan", "layers", "relevance", "pruning", "quantization", "formats", "report"},
 }

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.onnx_graph import clean
 from lightning_xai_compress.formats.registry import Inputs
+from lightning_xai_compress.layers import tensor_places
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -65,9 +66,10 @@ def call(model: nn.Module, example: Inputs) -> dict[str, Tensor]:
     Raises:
         ArtifactError: The model cannot be called so, or returns no tensor.
     """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = {place: copies[name] for place, name in tensor_places(model).items() if name in copies}
     try:
-        output = torch.func.functional_call(model, buffers, *_call_of(example))
+        output = torch.func.functional_call(model, buffers, *_call_of(example), tie_weights=False)
     except Exception as error:  # whatever the model's own code raises
         raise ArtifactError(
             f"{type(model).__name__} cannot be called with the example: {_first_line(error)}. "
@@ -168,17 +170,20 @@ class _Traced(nn.Module):
         super().__init__()
         self.model = model
         self.weights = list(weights)
+        self.places_of = tensor_places(model)
         leaves, self.structure = pytree.tree_flatten(_call_of(example))
         self.places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        weights = dict(zip(self.weights, tensors, strict=False))
+        given = dict(zip(self.weights, tensors, strict=False))
+        weights = {place: given[name] for place, name in self.places_of.items() if name in given}
         leaves: list[Any] = list(self.constants)
-        for index, tensor in zip(self.places, tensors[len(weights) :], strict=True):
+        for index, tensor in zip(self.places, tensors[len(given) :], strict=True):
             leaves[index] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        return tuple(_named_outputs(torch.func.functional_call(self.model, weights, args, kwargs)).values())
+        output = torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=False)
+        return tuple(_named_outputs(output).values())
 
 
 def _call_of(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -217,7 +222,8 @@ def _named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # the exporter paints its messages
+    text = next((line.strip() for line in plain.splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {text.rstrip('.')}"
 
 

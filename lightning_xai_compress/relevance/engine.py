@@ -22,7 +22,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.overrides import TorchFunctionMode
 
 from lightning_xai_compress.errors import NonFiniteError, RelevanceError
-from lightning_xai_compress.layers import find_layers
+from lightning_xai_compress.layers import find_layers, tensor_places
 from lightning_xai_compress.plan import ScoreMap
 from lightning_xai_compress.relevance.explain import Explain, explained_tensor
 
@@ -82,6 +82,7 @@ def score(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        torch.compiler.set_stance("force_eager"),  # the mode below would be compiled, too, again and again
         torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type),
         evaluation(model),
     ):
@@ -94,12 +95,13 @@ def score(
         buffers = {name: _to_float(buffer.detach()).clone() for name, buffer in model.named_buffers()}
         sums = _Sums({name: leaves[name] for name in names}, epsilon)
         explainable = _Explainable(model)
-        tensors = {f"model.{name}": tensor for name, tensor in (leaves | buffers).items()}
+        replaced = leaves | buffers
+        tensors = {f"model.{place}": replaced[name] for place, name in tensor_places(model).items()}
         for index, batch in enumerate(batches):
             sums.batch = index
             with sums:
                 explained, samples = torch.func.functional_call(
-                    explainable, tensors, (_to_autograd(batch), index, explain)
+                    explainable, tensors, (_to_autograd(batch), index, explain), tie_weights=False
                 )
                 sums.add(explained, samples)
             if on_batch is not None:
