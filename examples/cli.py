@@ -18,7 +18,13 @@ __all__ = ["DigitsData", "DigitsNet", "FashionMNISTData", "FashionNet", "XAIComp
 
 
 def main() -> None:
-    LightningCLI(L.LightningModule, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True)
+    LightningCLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_xai_compress.errors import CompressionError
 from lightning_xai_compress.plan import Skipped
 
-__all__ = ["COMPRESSIBLE_TYPES", "Layers", "check_patterns", "find_layers", "tensor_places"]
+__all__ = ["COMPRESSIBLE_TYPES", "Layers", "find_layers", "tensor_places"]
 
 COMPRESSIBLE_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -30,17 +30,6 @@ class Layers:
 
     names: tuple[str, ...]
     skipped: tuple[Skipped, ...]
-
-
-def check_patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Refuse a bare string, whose letters would pass for a list.
-
-    Raises:
-        ValueError: Not a list of strings.
-    """
-    if isinstance(patterns, str) or any(not isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(f"{name} must be a list of strings such as [{patterns!r}], got {patterns!r}")
-    return tuple(patterns)
 
 
 def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:

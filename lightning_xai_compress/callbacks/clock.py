@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_xai_compress.checks import check_number
+
 __all__ = ["Clock", "Moment", "check_moment"]
 
 Moment = int | float
 """A point in the fit: whole numbers are epochs, fractions in [0, 1) a share of the fit."""
 
 
-def check_moment(name: str, moment: Moment) -> None:
+def check_moment(name: str, moment: Moment) -> Moment:
     """Refuse what can be no moment of any fit.
 
     Raises:
         ValueError: A negative epoch, or a share outside [0, 1).
     """
-    if isinstance(moment, bool) or not isinstance(moment, int | float):
-        raise ValueError(f"{name} must be a whole number of epochs or a share of the fit, got {moment!r}")
+    moment = check_number(f"{name}, a whole number of epochs or a share of the fit,", moment)
     if isinstance(moment, float) and not 0 <= moment < 1:
         raise ValueError(f"{name} as a share of the fit must lie in [0, 1), got {moment}; epochs are whole numbers")
     if moment < 0:
         raise ValueError(f"{name} must not be negative, got {moment}")
+    return moment
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,9 +24,9 @@ from lightning_xai_compress.callbacks.console import progress
 from lightning_xai_compress.callbacks.pruning import RelevancePruning
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Stage
+from lightning_xai_compress.checks import check_names
 from lightning_xai_compress.errors import ArtifactError, RelevanceError
 from lightning_xai_compress.formats import Artifact, Inputs, check_formats, save
-from lightning_xai_compress.layers import check_patterns
 from lightning_xai_compress.plan import Skipped
 from lightning_xai_compress.relevance import split_batch
 from lightning_xai_compress.report import Measured, Report, build_report, dense_bytes, evaluate, render
@@ -65,8 +66,17 @@ class CompressedExport(CompressionCallback, Stage):
     ) -> None:
         super().__init__()
         self.export_dir = export_dir
-        self.formats = check_patterns("formats", formats)
+        self.formats = check_names("formats", formats)
         check_formats(self.formats)
+        if not self.formats or len(set(self.formats)) < len(self.formats):
+            raise ValueError(f"formats must name each format once, and at least one, got {list(self.formats)}")
+        if export_dir is not None and not isinstance(export_dir, str | os.PathLike):
+            raise ValueError(f"export_dir must be a path, got {export_dir!r}")
+        if metric is not None and not (isinstance(metric, Metric) or (isinstance(metric, str) and metric)):
+            raise ValueError(
+                "metric must be the name of one that the module logs, or a torchmetrics metric that gives one number "
+                f"(an object, such as MulticlassAccuracy(10), no class and no collection), got {metric!r}"
+            )
         self.metric = metric
         self.report: Report | None = None
         self._dense: dict[str, Any] = {}
@@ -90,7 +100,7 @@ class CompressedExport(CompressionCallback, Stage):
                 raise ValueError("metric= is measured on validation data, but this fit has none: give a val_dataloader")
             try:
                 self._measure(session, batches=1)
-            except RelevanceError as error:
+            except (RelevanceError, ValueError, RuntimeError) as error:
                 raise ValueError(
                     f"metric= cannot be measured; name one that the module logs instead. {error}"
                 ) from error
@@ -105,6 +115,11 @@ class CompressedExport(CompressionCallback, Stage):
         accuracy = self._measure(session)
         if isinstance(self.metric, str):
             accuracy, epoch = self._logged.get("value"), self._logged.get("epoch", epoch)
+            if accuracy is None:
+                rank_zero_warn(
+                    f"metric={self.metric!r} was not logged by a validation before compression begins, so the dense "
+                    "accuracy is unknown: let warmup be longer, or give a torchmetrics metric"
+                )
         self._dense = asdict(Measured(dense_bytes(session.module), accuracy, epoch))
 
     def advance(self, session: Session, batch: int) -> None:
@@ -126,6 +141,9 @@ class CompressedExport(CompressionCallback, Stage):
         accuracy = self._logged_at_the_end(session, str(self.metric)) if named else self._measure(session)
         if trainer.is_global_zero:
             directory = self._directory(trainer)
+            trial = bool(getattr(trainer, "fast_dev_run", False))
+            if trial:  # leaves nothing behind, least of all over an earlier export
+                directory = Path(tempfile.mkdtemp(prefix="fast_dev_run-"))
             plan = session.latent.plan(tuple(session.skipped))
             artifacts, failed = self._export(session, directory)
             pruning = session.stage(RelevancePruning)
@@ -145,6 +163,8 @@ class CompressedExport(CompressionCallback, Stage):
             )
             self.report.write(directory / "report.json")
             print(f"\n{render(self.report)}\n\nreport: {directory / 'report.json'}")
+            if trial:
+                shutil.rmtree(directory)
         trainer.strategy.barrier("lightning_xai_compress export")
 
     def _export(self, session: Session, directory: Path) -> tuple[list[Artifact], list[Skipped]]:

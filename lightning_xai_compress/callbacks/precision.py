@@ -11,7 +11,7 @@ from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Planned, Stage
-from lightning_xai_compress.layers import check_patterns
+from lightning_xai_compress.checks import check_names
 from lightning_xai_compress.plan import ScoreMap
 from lightning_xai_compress.quantization import allocate_bits, check_bits
 
@@ -46,10 +46,9 @@ class MixedPrecision(CompressionCallback, Stage):
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, average_bits)
-        check_moment("start of quantization", start)
         self.average_bits = average_bits
-        self.start = start
-        self.exclude = check_patterns("exclude", exclude)
+        self.start = check_moment("start of quantization", start)
+        self.exclude = check_names("exclude", exclude)
         self.position = 0
         self._done = False
 

@@ -11,7 +11,7 @@ from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Planned, Stage
-from lightning_xai_compress.layers import check_patterns
+from lightning_xai_compress.checks import check_names, check_number
 from lightning_xai_compress.plan import ScoreMap
 from lightning_xai_compress.pruning import SelectionRule, cubic, nonpositive_share, select_mask
 
@@ -30,6 +30,7 @@ class Pruning:
     steps: int = 24
 
     def __post_init__(self) -> None:
+        check_number("pruning steps", self.steps, whole=True)
         if self.steps < 1:
             raise ValueError(f"pruning steps must be >= 1, got {self.steps}")
 
@@ -70,17 +71,18 @@ class RelevancePruning(CompressionCallback, Stage):
         super().__init__()
         if selection not in ("nonpositive", "least"):
             raise ValueError(f"selection must be 'nonpositive' or 'least', got {selection!r}")
+        sparsity = None if sparsity is None else check_number("sparsity", sparsity)
         if sparsity is not None and not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}")
         if sparsity is None and selection != "nonpositive":
             raise ValueError(f"selection={selection!r} needs a sparsity: only 'nonpositive' has an end of its own")
-        check_moment("start of pruning", start)
-        check_moment("end of pruning", end)
         self.sparsity = sparsity
         self.selection: SelectionRule = selection
-        self.start = start
-        self.end = end
-        self.exclude = check_patterns("exclude", exclude)
+        self.start = check_moment("start of pruning", start)
+        self.end = check_moment("end of pruning", end)
+        self.exclude = check_names("exclude", exclude)
+        if pruning is not None and not isinstance(pruning, Pruning):
+            raise ValueError(f"pruning must be a Pruning(...), got {pruning!r}")
         self.pruning = pruning or Pruning()
         self._positions: list[int] = []
         self._done = 0

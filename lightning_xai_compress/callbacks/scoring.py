@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Scoring, Stage
+from lightning_xai_compress.checks import check_number
 from lightning_xai_compress.plan import ScoreMap
 
 __all__ = ["RelevanceScoring"]
@@ -35,6 +36,8 @@ class RelevanceScoring(CompressionCallback, Stage):
     def __init__(self, *, relevance_epochs: int | list[int] | None = None, scoring: Scoring | None = None) -> None:
         super().__init__()
         self.relevance_epochs = check_epochs(relevance_epochs)
+        if scoring is not None and not isinstance(scoring, Scoring):
+            raise ValueError(f"scoring must be a Scoring(...), got {scoring!r}")
         self.scoring = scoring or Scoring()
         self._done = -1
 
@@ -94,13 +97,14 @@ def check_epochs(epochs: int | list[int] | None) -> int | tuple[int, ...] | None
     """
     if epochs is None:
         return None
-    if isinstance(epochs, int):
-        if epochs < 1:
-            raise ValueError(f"relevance_epochs as a number means every n epochs and must be >= 1, got {epochs}")
-        return epochs
-    chosen = tuple(epochs)
-    if not chosen or any(not isinstance(epoch, int) or epoch < 0 for epoch in chosen):
-        raise ValueError(f"relevance_epochs must be a list of epochs >= 0, got {epochs}")
+    if not isinstance(epochs, list | tuple):
+        every = int(check_number("relevance_epochs as a number", epochs, whole=True))
+        if every < 1:
+            raise ValueError(f"relevance_epochs as a number means every n epochs and must be >= 1, got {every}")
+        return every
+    chosen = tuple(check_number("each of relevance_epochs", epoch, whole=True) for epoch in epochs)
+    if not chosen or min(chosen) < 0:
+        raise ValueError(f"relevance_epochs must be a list of epochs >= 0, got {epochs!r}")
     if any(later <= earlier for earlier, later in pairwise(chosen)):
         raise ValueError(f"relevance_epochs must be in rising order, got {epochs}")
     return chosen

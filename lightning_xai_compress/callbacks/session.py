@@ -61,6 +61,7 @@ class Session:
         self.history: list[dict[str, Any]] = []
         self.halted = ""
         self.started = False
+        self._warned = False
         self.epoch_begins = False
         self._shares: dict[str, float] = {}
         self.clock = _clock(trainer)
@@ -237,7 +238,9 @@ class Session:
             with torch.no_grad():
                 for buffer, good in self._norm_buffers:
                     buffer.copy_(good)
-            self.halt(f"loss or gradients are not finite at step {self.trainer.global_step}; such steps are left out")
+            self._not_finite(
+                f"loss or gradients are not finite at step {self.trainer.global_step}; such steps are left out"
+            )
         else:
             self._norm_buffers = []
         self.latent.before_step(optimizer)
@@ -247,7 +250,14 @@ class Session:
         self.latent.settle()
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and not torch.isfinite(loss).all():
-            self.halt(f"loss is not finite before step {self.trainer.global_step}")
+            self._not_finite(f"loss is not finite before step {self.trainer.global_step}")
+
+    def _not_finite(self, reason: str) -> None:
+        if self.started:
+            self.halt(reason)
+        elif not self._warned:  # a stumble in the warm-up need not cost the compression
+            self._warned = True
+            rank_zero_warn(f"before compression began: {reason}")
 
     def refresh_batchnorm(self) -> None:
         """Estimate BatchNorm statistics of compressed weights anew, once per set of weights."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Trainer
 
+from lightning_xai_compress.checks import check_number
 from lightning_xai_compress.plan import ScoreMap
 from lightning_xai_compress.relevance import Explain
 
@@ -36,6 +37,11 @@ class Scoring:
     def __post_init__(self) -> None:
         if self.explain not in ("margin", "logit"):
             raise ValueError(f"explain must be 'margin' or 'logit', got {self.explain!r}")
+        check_number("epsilon", self.epsilon)
+        check_number("samples", self.samples, whole=True)
+        check_number("seed", self.seed, whole=True)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
         if self.epsilon < 0:
             raise ValueError(f"epsilon must be >= 0, got {self.epsilon}")
         if self.samples < 1:

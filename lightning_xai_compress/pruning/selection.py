@@ -65,7 +65,8 @@ def select_mask(
     kept = torch.ones_like(score, dtype=torch.bool)
     if previous is not None:
         kept = torch.cat([previous[name].flatten() for name in names]).to(score.device)
-    wanted = round(sparsity * score.numel()) - int((~kept).sum())
+    goal = min(round(sparsity * score.numel()), score.numel() - 1)  # a share below 1 leaves something
+    wanted = goal - int((~kept).sum())
     if wanted <= 0:
         return Selection(previous or _unflatten(kept, scores, names), 0, 0, False)
     candidate = kept & ~score.isnan()

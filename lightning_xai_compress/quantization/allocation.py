@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_xai_compress.checks import check_number
 from lightning_xai_compress.plan import MAX_BITS, MIN_BITS, BitAllocation, ScoreMap
 from lightning_xai_compress.quantization.grid import fit_scales
 
@@ -19,10 +20,13 @@ def check_bits(bits: Sequence[int], average_bits: float) -> tuple[int, ...]:
     Raises:
         ValueError: A width outside 2..8, none at all, or a budget that the widths cannot meet.
     """
-    widths = tuple(sorted(set(bits)))
+    if not isinstance(bits, list | tuple):
+        raise ValueError(f"bits must be a list of widths such as [2, 4, 8], got {bits!r}")
+    widths = tuple(sorted({check_number("each of bits", width, whole=True) for width in bits}))
+    average_bits = check_number("average_bits", average_bits)
     if not widths:
         raise ValueError("bits must name at least one width")
-    if any(not isinstance(width, int) or not MIN_BITS <= width <= MAX_BITS for width in widths):
+    if not MIN_BITS <= widths[0] <= widths[-1] <= MAX_BITS:
         raise ValueError(f"bits must be whole numbers in {MIN_BITS}..{MAX_BITS}, got {tuple(bits)}")
     if not widths[0] <= average_bits <= widths[-1]:
         raise ValueError(

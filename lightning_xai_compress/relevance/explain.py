@@ -25,7 +25,8 @@ _INPUT_KEYS = ("input", "inputs", "x", "image", "images", "features")
 _TARGET_KEYS = ("target", "targets", "y", "label", "labels")
 _HINT = (
     "expected (input, target, ...) or a mapping with one of the targets "
-    f"{', '.join(map(repr, _TARGET_KEYS))}. Define relevance_step(self, batch, batch_idx) on the LightningModule and "
+    f"{', '.join(map(repr, _TARGET_KEYS))} and one of the inputs {', '.join(map(repr, _INPUT_KEYS))} (or else all that "
+    "forward takes, by name). Define relevance_step(self, batch, batch_idx) on the LightningModule and "
     "let it return the tensor to explain, for example (logits * (onehot - logits.softmax(1)).detach()).sum()"
 )
 
@@ -64,7 +65,11 @@ def call_model(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     Raises:
         RelevanceError: The output holds no such tensor.
     """
-    output = model(*args, **kwargs)
+    try:
+        output = model(*args, **kwargs)
+    except TypeError as error:
+        came = ", ".join([*map(_describe, args), *(f"{key}={_describe(value)}" for key, value in kwargs.items())])
+        raise RelevanceError(f"the model could not be called with {came}: {error}; {_HINT}") from error
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)

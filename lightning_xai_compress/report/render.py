@@ -27,16 +27,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def render(report: Report) -> str:
     """The report as text: totals, layers, files, and what was left alone."""
     before = "dense" if report.dense.at_epoch is None else f"dense, epoch {report.dense.at_epoch:g}"
+    accuracies = report.dense.accuracy, report.compressed.accuracy
+    measured = (report.metric, *map(_number, accuracies), _change(*accuracies))
     totals = table(
         ("", before, "compressed", "change"),
         [
-            ("bytes", f"{report.dense.bytes:,}", f"{report.compressed.bytes:,}", f"-{report.reduction:.2%}"),
             (
-                report.metric or "accuracy",
-                _number(report.dense.accuracy),
-                _number(report.compressed.accuracy),
-                _change(report.dense.accuracy, report.compressed.accuracy),
+                "bytes, dense as fp32",
+                f"{report.dense.bytes:,}",
+                f"{report.compressed.bytes:,}",
+                f"-{report.reduction:.2%}",
             ),
+            *([measured] if report.metric else []),
             ("sparsity", "", f"{report.sparsity:.2%}", ""),
             ("average bits", "32", "32" if report.average_bits is None else f"{report.average_bits:.2f}", ""),
         ],

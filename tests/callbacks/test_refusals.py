@@ -45,6 +45,22 @@ from toy import Corners, ToyNet, compression, fit, trainer
         ({"formats": ("tflite",)}, "formats: expected some of ['onnx', 'safetensors'], got 'tflite'"),
         ({"formats": "onnx"}, "formats must be a list of strings such as ['onnx']"),
         ({"exclude": "head*"}, "exclude must be a list of strings such as ['head*']"),
+        ({"formats": []}, "formats must name each format once, and at least one, got []"),
+        ({"formats": ["onnx", "onnx"]}, "formats must name each format once"),
+        ({"sparsity": "0.9"}, "sparsity must be a number, got '0.9'"),
+        ({"sparsity": False}, "sparsity must be a number, got False"),
+        ({"sparsity": torch.tensor(0.5)}, "sparsity must be a number, got tensor(0.5000)"),
+        ({"sparsity": float("nan")}, "sparsity must be finite, got nan"),
+        ({"average_bits": None}, "average_bits must be a number, got None"),
+        ({"bits": 4}, "bits must be a list of widths such as [2, 4, 8], got 4"),
+        ({"warmup": "3"}, "warmup, a whole number of epochs or a share of the fit, must be a number, got '3'"),
+        ({"relevance_epochs": True}, "relevance_epochs as a number must be a whole number, got True"),
+        ({"relevance_epochs": [1.5]}, "each of relevance_epochs must be a whole number, got 1.5"),
+        ({"metric": MulticlassAccuracy}, "(an object, such as MulticlassAccuracy(10), no class and no collection)"),
+        ({"metric": 3}, "metric must be the name of one that the module logs, or a torchmetrics metric"),
+        ({"export_dir": 3}, "export_dir must be a path, got 3"),
+        ({"scoring": {"samples": 3}}, "scoring must be a Scoring(...), got {'samples': 3}"),
+        ({"pruning": 3}, "pruning must be a Pruning(...), got 3"),
     ],
 )
 def test_settings_out_of_range_are_refused_when_made(settings, text):
@@ -58,6 +74,10 @@ def test_settings_out_of_range_are_refused_when_made(settings, text):
         (lambda: Pruning(steps=0), "pruning steps must be >= 1, got 0"),
         (lambda: Scoring(samples=0), "samples must be >= 1, got 0"),
         (lambda: Scoring(epsilon=-1), "epsilon must be >= 0, got -1"),
+        (lambda: Scoring(epsilon=float("inf")), "epsilon must be finite, got inf"),
+        (lambda: Scoring(samples=2.5), "samples must be a whole number, got 2.5"),
+        (lambda: Scoring(seed=2**62), "seed must lie in"),
+        (lambda: Pruning(steps=2.5), "pruning steps must be a whole number, got 2.5"),
         (lambda: Scoring(explain="loss"), "explain must be 'margin' or 'logit', got 'loss'"),
     ],
 )
@@ -120,6 +140,31 @@ def test_a_batch_that_is_not_understood_is_refused_and_relevance_step_named(tmp_
     with pytest.raises(RelevanceError, match=r"got a dict with keys \['digit', 'pixels'\].*Define relevance_step"):
         fit(tmp_path, [compression(tmp_path)], model, Nested())
     assert model.losses == []
+
+
+def test_a_batch_that_the_model_cannot_take_names_relevance_step(tmp_path):
+    class Named(Nested):
+        def train_dataloader(self):
+            def collate(samples):
+                return {"data": torch.stack([x for x, _ in samples]), "label": torch.tensor([y for _, y in samples])}
+
+            return DataLoader(self.data, batch_size=16, collate_fn=collate)
+
+    with pytest.raises(RelevanceError, match=r"could not be called with data=a torch.float32 .*Define relevance_step"):
+        fit(tmp_path, [compression(tmp_path)], ToyNet(), Named())
+
+
+def test_a_stumble_in_the_warm_up_does_not_cost_the_compression(tmp_path):
+    class Stumbling(ToyNet):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.nan if self.global_step == 1 else loss
+
+    callback = compression(tmp_path)
+    with pytest.warns(UserWarning, match="before compression began: loss or gradients are not finite at step 1"):
+        fit(tmp_path, [callback], Stumbling())
+    assert callback.report.sparsity == 0.5
+    assert callback.report.halted == ""
 
 
 def test_with_relevance_step_the_same_batch_works(tmp_path):

@@ -71,7 +71,6 @@ class Fused(ToyNet):
         (ToyNet, {"precision": "bf16-true"}),
         (ToyNet, {"max_epochs": -1, "max_steps": 24}),
         (ToyNet, {"limit_train_batches": 2}),
-        (ToyNet, {"fast_dev_run": True}),
         (ToyNet, {"limit_val_batches": 0}),
         (ToyNet, {"val_check_interval": 0.5}),
         (ToyNet, {"overfit_batches": 2}),
@@ -88,7 +87,7 @@ def test_pruned_weights_never_move_and_the_export_is_exact(tmp_path, model, sett
 
     assert callback.report.sparsity == 0.5
     assert 2.8 < callback.report.average_bits <= 3.0
-    assert watch.checked or settings.get("fast_dev_run")
+    assert watch.checked
     empty = model().to(next(trained.parameters()).dtype)
     reloaded = load_compressed(tmp_path / "model.safetensors", empty)
     for name, tensor in trained.state_dict().items():
@@ -297,3 +296,30 @@ def test_measuring_a_metric_leaves_the_training_order_alone(tmp_path):
     ours, _ = fit(tmp_path, [compression(tmp_path, metric=MulticlassAccuracy(4))], Batches, Shuffled())
 
     assert torch.equal(torch.stack(plain.seen), torch.stack(ours.seen))
+
+
+def test_fast_dev_run_goes_through_everything_and_leaves_an_earlier_export_alone(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(b"earlier")
+    callback = compression(tmp_path)
+
+    fit(tmp_path, [callback], fast_dev_run=True)
+
+    assert callback.report.sparsity == 0.5
+    assert callback.report.average_bits > 2.8
+    assert callback.report.artifacts[0].max_abs_diff == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == b"earlier"
+
+
+def test_a_compiled_inner_module_is_scored_without_being_compiled_again(tmp_path):
+    class Compiled(ToyNet):
+        def __init__(self):
+            super().__init__()
+            self.second.compile(backend="eager")
+
+    torch._dynamo.reset()
+    model, _ = fit(tmp_path / "compiled", [compression(tmp_path / "compiled")], Compiled)
+    plain, _ = fit(tmp_path / "plain", [compression(tmp_path / "plain")])
+
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name

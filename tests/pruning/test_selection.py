@@ -96,6 +96,10 @@ def test_sparsity_outside_its_range_is_refused(sparsity):
         select_mask(score_map(fc=[1.0]), sparsity)
 
 
+def test_a_sparsity_below_one_never_takes_the_last_weight():
+    assert select_mask(score_map(fc=[1.0, 2.0, 3.0]), 0.999).mask["fc"].tolist() == [False, False, True]
+
+
 def test_unknown_rules_are_refused():
     with pytest.raises(ValueError, match="selection must be 'nonpositive' or 'least', got 'worst'"):
         select_mask(score_map(fc=[1.0]), 0.5, selection="worst")

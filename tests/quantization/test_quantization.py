@@ -195,7 +195,7 @@ def test_a_budget_that_unknown_channels_exceed_is_refused():
         ((2, 4), 4.5, r"average_bits must lie between .* got 4.5"),
         ((1, 4), 3.0, r"whole numbers in 2..8, got \(1, 4\)"),
         ((4, 9), 4.0, r"whole numbers in 2..8, got \(4, 9\)"),
-        ((2.5, 4), 3.0, r"whole numbers in 2..8"),
+        ((2.5, 4), 3.0, "each of bits must be a whole number, got 2.5"),
         ((), 3.0, "at least one width"),
     ],
 )
