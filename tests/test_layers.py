@@ -1,6 +1,7 @@
 """What is compressible, and what is named instead."""
 
 import pytest
+import torch
 from torch import nn
 from torch.nn.utils import prune
 
@@ -41,7 +42,7 @@ def test_linear_and_convolutions_are_found_by_parameter_name():
         (nn.LazyLinear(3), "lazy layer"),
         (prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5), "masked by torch.nn.utils"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "parametrized"),
-        (nn.Linear(2, 2).to(dtype=__import__("torch").complex64), "not real floating point"),
+        (nn.Linear(2, 2).to(dtype=torch.complex64), "not real floating point"),
     ],
 )
 def test_what_is_not_compressed_is_named_with_its_reason(layer, reason):
