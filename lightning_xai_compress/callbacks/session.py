@@ -160,7 +160,7 @@ class Session:
 
     def rescore(self, batch: int) -> ScoreMap | None:
         """Score all layers on training samples; None, and a halt, where relevance is not finite or nowhere."""
-        samples = max(self.scoring.samples, 1)
+        samples = self.scoring.samples
         total = max(1, -(-samples // training_batch_size(self.trainer)))
         seed = self.scoring.seed * 1_000_003 + batch
         try:
