@@ -17,12 +17,13 @@ if TYPE_CHECKING:
         Scoring,
         XAICompression,
     )
+    from lightning_xai_compress.criteria import score
     from lightning_xai_compress.errors import ArtifactError, CompressionError, LatentCopyError, RelevanceError
     from lightning_xai_compress.formats import load_compressed, save
-    from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, ScoreMap
+    from lightning_xai_compress.plan import BitAllocation, CompressionPlan, HeatMaps, Mask, ScoreMap
     from lightning_xai_compress.pruning import select_mask
     from lightning_xai_compress.quantization import allocate_bits
-    from lightning_xai_compress.relevance import score
+    from lightning_xai_compress.relevance import save_heatmaps
     from lightning_xai_compress.report import Report
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "CompressedExport",
     "CompressionError",
     "CompressionPlan",
+    "HeatMaps",
     "LatentCopyError",
     "Mask",
     "MixedPrecision",
@@ -45,6 +47,7 @@ __all__ = [
     "allocate_bits",
     "load_compressed",
     "save",
+    "save_heatmaps",
     "score",
     "select_mask",
 ]
@@ -61,12 +64,13 @@ _ROOMS = {
         "Scoring",
         "XAICompression",
     ),
+    "criteria": ("score",),
     "errors": ("ArtifactError", "CompressionError", "LatentCopyError", "RelevanceError"),
     "formats": ("load_compressed", "save"),
-    "plan": ("BitAllocation", "CompressionPlan", "Mask", "ScoreMap"),
+    "plan": ("BitAllocation", "CompressionPlan", "HeatMaps", "Mask", "ScoreMap"),
     "pruning": ("select_mask",),
     "quantization": ("allocate_bits",),
-    "relevance": ("score",),
+    "relevance": ("save_heatmaps",),
     "report": ("Report",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -12,11 +12,13 @@ from torch import nn
 from lightning_xai_compress.errors import CompressionError
 from lightning_xai_compress.plan import Skipped
 
-__all__ = ["COMPRESSIBLE_TYPES", "Layers", "find_layers", "tensor_places"]
+__all__ = ["COMPRESSIBLE_TYPES", "Layers", "find_layers", "find_scorable", "tensor_places"]
 
 COMPRESSIBLE_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_SCORABLE_TYPES = (*COMPRESSIBLE_TYPES, *_TRANSPOSED, nn.Embedding)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
         exclude: Shell-style patterns ("head*", "*.downsample.*") matched against layer and parameter names.
 
     Raises:
+        TypeError: No module.
         ValueError: A pattern that matches no layer.
         CompressionError: Nothing is left to compress.
     """
+    _check_module(model)
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
     matched: set[str] = set()
     names: set[str] = set()
@@ -82,6 +86,53 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
             f"({left_out})"
         )
     return Layers(tuple(sorted(names)), tuple(Skipped(name, reason) for name, reason in sorted(reasons.items())))
+
+
+def find_scorable(model: nn.Module) -> Layers:
+    """Find the weights whose relevance can be asked for, a superset of the compressible ones.
+
+    Those of Linear, convolutions (transposed, too) and Embedding, the input projections of `nn.MultiheadAttention`, and
+    weights masked by `torch.nn.utils.prune` under their name `..._orig`. `skipped` names the layers that have others.
+
+    Raises:
+        TypeError: No module.
+    """
+    _check_module(model)
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: set[str] = set()
+    reasons: dict[str, str] = {}
+    for layer, module in model.named_modules():
+        found = [module._parameters.get(key) for key in _weight_keys(module)]
+        weights = [each for each in found if each is not None]
+        usable = [each for each in weights if _is_usable(each)]
+        names |= {first_name[id(each)] for each in usable}
+        if usable:
+            continue
+        if weights:
+            reasons[layer or type(module).__name__] = "lazy, or not real floating point: not scored"
+        elif isinstance(module, _RECURRENT):
+            reasons[layer or type(module).__name__] = "recurrent layer: not scored"
+        elif isinstance(module, _SCORABLE_TYPES):
+            reasons[layer or type(module).__name__] = "its weight is parametrized: not scored"
+        elif any(each is not None and each.dim() >= 2 for each in module._parameters.values()):
+            reasons[layer or type(module).__name__] = f"{type(module).__name__} holds weights of its own: not scored"
+    return Layers(tuple(sorted(names)), tuple(Skipped(name, reason) for name, reason in sorted(reasons.items())))
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got a {type(model).__name__}")
+
+
+def _weight_keys(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, nn.MultiheadAttention):
+        return _ATTENTION_WEIGHTS
+    return ("weight", "weight_orig") if isinstance(module, _SCORABLE_TYPES) else ()
+
+
+def _is_usable(weight: torch.Tensor) -> bool:
+    lazy = isinstance(weight, nn.parameter.UninitializedParameter)
+    return not lazy and weight.is_floating_point()
 
 
 def tensor_places(model: nn.Module) -> dict[str, str]:

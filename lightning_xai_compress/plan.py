@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_BITS", "MIN_BITS", "BitAllocation", "CompressionPlan", "Mask", "ScoreMap", "Skipped"]
+__all__ = [
+    "MAX_BITS",
+    "MIN_BITS",
+    "BitAllocation",
+    "CompressionPlan",
+    "HeatMaps",
+    "Mask",
+    "ScoreMap",
+    "Skipped",
+    "student_t",
+]
 
 MIN_BITS = 2
 MAX_BITS = 8
@@ -27,6 +38,25 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class HeatMaps:
+    """How much each input value speaks for what was explained.
+
+    Args:
+        inputs: Samples [n, ...]; token ids [n, length] for a model that embeds them.
+        relevance: Their relevance, same shape; positive speaks for, negative against.
+    """
+
+    inputs: Tensor
+    relevance: Tensor
+
+    def joined(self, other: HeatMaps | None) -> HeatMaps:
+        """These and others of the same shape."""
+        if other is None or other.relevance.shape[1:] != self.relevance.shape[1:]:
+            return self
+        return HeatMaps(torch.cat([self.inputs, other.inputs]), torch.cat([self.relevance, other.relevance]))
+
+
+@dataclass(frozen=True)
 class ScoreMap:
     """What a scoring pass found out about every weight. NaN means unknown, and unknown is never pruned.
 
@@ -35,31 +65,74 @@ class ScoreMap:
         relevance: Signed relevance R, mean over samples, shape of the weight.
         sensitivity: Mean over samples of (R / w)^2, >= 0, shape of the weight: what one unit of squared error costs.
         samples: Number of samples that were seen.
+        rms: Root of the mean over samples of R^2 (summed over positions); empty where it was not collected, as are the
+            next three.
+        absolute: Mean |R| (summed over positions).
+        positive: Mean of the positive part of R (summed over positions).
+        standard_error: Standard error of `relevance` from the spread of batch sums.
+        batches: Number of batches that were seen.
+        left_out: Explained logits <= 0, which were left out.
+        signed: Whether `relevance` has a meaningful sign; magnitude, for example, has none.
+        skipped: Layers that were not scored, and why.
+        heatmaps: Relevance of some inputs, where it was asked for.
 
     Raises:
-        ValueError: The three maps differ in names or shapes, or hold infinite values.
+        ValueError: The maps differ in names or shapes, or hold infinite values.
     """
 
     score: Mapping[str, Tensor]
     relevance: Mapping[str, Tensor]
     sensitivity: Mapping[str, Tensor]
     samples: int
+    rms: Mapping[str, Tensor] = field(default_factory=dict)
+    absolute: Mapping[str, Tensor] = field(default_factory=dict)
+    positive: Mapping[str, Tensor] = field(default_factory=dict)
+    standard_error: Mapping[str, Tensor] = field(default_factory=dict)
+    batches: int = 0
+    left_out: int = 0
+    signed: bool = True
+    skipped: tuple[Skipped, ...] = ()
+    heatmaps: HeatMaps | None = None
 
     def __post_init__(self) -> None:
-        for label, tensors in (("relevance", self.relevance), ("sensitivity", self.sensitivity)):
+        for label in ("relevance", "sensitivity", "rms", "absolute", "positive", "standard_error"):
+            tensors = getattr(self, label)
+            if not tensors and label not in ("relevance", "sensitivity"):
+                continue
             if tensors.keys() != self.score.keys():
                 raise ValueError(f"score and {label} name different parameters: {sorted(self.score)} {sorted(tensors)}")
             for name, tensor in tensors.items():
                 if tensor.shape != self.score[name].shape:
                     raise ValueError(f"{label} of {name} has shape {tuple(tensor.shape)}, its score another")
         for name, tensor in self.score.items():
-            if torch.isinf(tensor).any():
+            if _holds_infinity(tensor):
                 raise ValueError(f"score of {name} holds infinite values")
 
     @property
     def unknown(self) -> list[str]:
         """Names of the parameters of which no weight has a score."""
         return [name for name, tensor in self.score.items() if bool(torch.isnan(tensor).all())]
+
+    def nonpositive(self, confidence: float | None = None) -> dict[str, Tensor]:
+        """Which weights have relevance <= 0; unknown ones have not.
+
+        Args:
+            confidence: One-sided, in [0.5, 1): only weights whose relevance is that surely <= 0, by Student's t with
+                one degree of freedom less than batches. None: by the mean alone.
+
+        Raises:
+            ValueError: `confidence` out of range, no standard error was collected, or relevance has no sign.
+        """
+        if not self.signed:
+            raise ValueError("these scores have no sign: use a criterion such as 'lrp'")
+        if confidence is None:
+            return {name: tensor <= 0 for name, tensor in self.relevance.items()}
+        if not 0.5 <= confidence < 1:
+            raise ValueError(f"confidence must lie in [0.5, 1), got {confidence}")
+        if not self.standard_error:
+            raise ValueError("confidence needs a standard error: score with statistics=('standard_error', ...)")
+        quantile = student_t(confidence, self.batches - 1)
+        return {name: tensor + quantile * self.standard_error[name] <= 0 for name, tensor in self.relevance.items()}
 
 
 @dataclass(frozen=True)
@@ -140,3 +213,28 @@ class CompressionPlan:
         quantized = set(self.allocation.bits) if self.allocation else set()
         if quantized != set(self.scales):
             raise ValueError(f"scales and bit widths name different parameters: {sorted(quantized ^ set(self.scales))}")
+
+
+def _holds_infinity(tensor: Tensor) -> bool:
+    """In one pass, unless there is NaN."""
+    if not tensor.numel():
+        return False
+    ends = torch.stack(tensor.aminmax())
+    return bool(torch.isinf(tensor if ends.isnan().any() else ends).any())
+
+
+def student_t(probability: float, degrees: int) -> float:
+    """Quantile of Student's t: the expansion in 1 / degrees of Abramowitz & Stegun 26.7.5.
+
+    Args:
+        probability: In [0.5, 1).
+        degrees: Of freedom, >= 7, where the error is below 0.01 up to a probability of 0.99.
+    """
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum([term / float(degrees**power) for power, term in enumerate(terms, 1)])

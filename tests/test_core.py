@@ -116,6 +116,7 @@ def test_a_module_registered_twice_is_scored_exported_and_left_as_found(tmp_path
     shared = nn.Linear(8, 8)
     model = nn.Sequential(shared, nn.BatchNorm1d(8), shared, nn.ReLU(), nn.Linear(8, 3)).eval()
     x, y = torch.randn(6, 8), torch.arange(6) % 3
+    model[-1].bias.data.fill_(5.0)  # no logit is negative and left out
     weight = shared.weight
 
     scores = score(model, [(x, y)], explain="logit", epsilon=0.0)

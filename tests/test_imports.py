@@ -16,11 +16,12 @@ ALLOWED = {
     "plan": set(),
     "layers": {"errors", "plan"},
     "relevance": {"errors", "plan", "layers"},
+    "criteria": {"errors", "plan", "layers", "relevance"},
     "pruning": {"errors", "plan"},
     "quantization": {"errors", "plan"},
     "formats": {"errors", "plan", "layers"},
     "report": {"errors", "plan", "layers", "relevance", "formats"},
-    "callbacks": {"errors", "plan", "layers", "relevance", "pruning", "quantization", "formats", "report"},
+    "callbacks": {"errors", "plan", "layers", "relevance", "criteria", "pruning", "quantization", "formats", "report"},
 }
 # libraries that only one place may import
 OWNERS = {"lightning": "callbacks", "torchao": "quantization/grid.py", "torchmetrics": ("report", "callbacks")}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torchmetrics import Metric
 
@@ -30,6 +31,8 @@ class XAICompression(CompressionCallback):
         sparsity: Share of the compressible weights to be zero at the end, in [0, 1); None to stop where the
             non-positive set is exhausted.
         average_bits: Mean bit width over all compressible weights, pruned ones included.
+        criterion: What weights are scored by: "lrp", "deeplift", "taylor", "fisher", "wanda", "magnitude", "lamp",
+            "random", or a function `(model, batches, layers)` of your own or its import path, see `score`.
         selection: "nonpositive" or "least", see `RelevancePruning`.
         bits: Widths to choose from, each in 2..8.
         warmup: When pruning begins: epochs (whole number) or a share of the fit; 0 for a model that comes trained.
@@ -52,7 +55,8 @@ class XAICompression(CompressionCallback):
         *,
         sparsity: float | None = None,
         average_bits: float = 4.0,
-        selection: SelectionRule = "nonpositive",
+        criterion: str | Callable[..., Any] = "lrp",
+        selection: SelectionRule | None = None,
         bits: Sequence[int] = (2, 3, 4, 6, 8),
         warmup: Moment = 0.25,
         pruning_end: Moment = 0.6,
@@ -67,7 +71,7 @@ class XAICompression(CompressionCallback):
         super().__init__()
         check_moment("warmup", warmup)
         check_moment("pruning_end", pruning_end)
-        self._scoring = RelevanceScoring(relevance_epochs=relevance_epochs, scoring=scoring)
+        self._scoring = RelevanceScoring(relevance_epochs=relevance_epochs, criterion=criterion, scoring=scoring)
         self._pruning = RelevancePruning(
             sparsity=sparsity, selection=selection, start=warmup, end=pruning_end, exclude=exclude, pruning=pruning
         )

@@ -25,20 +25,22 @@ from lightning_xai_compress.callbacks.pruning import RelevancePruning
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Stage
 from lightning_xai_compress.checks import check_names
+from lightning_xai_compress.criteria import criterion_name
 from lightning_xai_compress.errors import ArtifactError, RelevanceError
 from lightning_xai_compress.formats import Artifact, Inputs, check_formats, save
 from lightning_xai_compress.plan import Skipped
-from lightning_xai_compress.relevance import split_batch
+from lightning_xai_compress.relevance import is_picture, save_heatmaps, split_batch
 from lightning_xai_compress.report import Measured, Report, build_report, dense_bytes, evaluate, render
 
 __all__ = ["CompressedExport"]
 
 _EXAMPLES = 4
+_PICTURED = 8
 _LIBRARIES = ("lightning-xai-compress", "torch", "lightning", "torchao", "torchmetrics", "safetensors", "constriction")
 
 
 class CompressedExport(CompressionCallback, Stage):
-    """Write the compressed model and a report when the fit ends.
+    """Write the compressed model and a report when the fit ends; for images also heat maps, `relevance.png`.
 
     Args:
         export_dir: Folder for the files and `report.json`; `compressed` in the Trainer's `default_root_dir` where None.
@@ -146,6 +148,7 @@ class CompressedExport(CompressionCallback, Stage):
                 directory = Path(tempfile.mkdtemp(prefix="fast_dev_run-"))
             plan = session.latent.plan(tuple(session.skipped))
             artifacts, failed = self._export(session, directory)
+            heatmaps = self._draw(session, directory, failed)
             pruning = session.stage(RelevancePruning)
             self.report = build_report(
                 session.module,
@@ -153,6 +156,8 @@ class CompressedExport(CompressionCallback, Stage):
                 dense=Measured(**self._dense),
                 accuracy=accuracy,
                 metric=self._metric_name(),
+                criterion=criterion_name(session.criterion),
+                heatmaps=heatmaps,
                 artifacts=artifacts,
                 failed=failed,
                 relevance=session.relevance_shares,
@@ -180,6 +185,19 @@ class CompressedExport(CompressionCallback, Stage):
                     rank_zero_warn(f"format {name!r} was not written: {error}")
                 advance()
         return artifacts, failed
+
+    def _draw(self, session: Session, directory: Path, failed: list[Skipped]) -> str:
+        """A picture of what the final model looks at in a few training images; "" where inputs are no images."""
+        batches = calibration_batches(session.trainer, samples=1, seed=session.scoring.seed)
+        try:
+            found = session.score(batches, criterion="lrp", seed=0, statistics=(), heatmaps=_PICTURED).heatmaps
+            if found is None or not is_picture(found):
+                return ""
+            save_heatmaps(found, directory / "relevance.png")
+        except (RelevanceError, OSError) as error:  # a picture must not cost the user the report
+            failed.append(Skipped("relevance.png", str(error)))
+            return ""
+        return "relevance.png"
 
     def _measure(self, session: Session, *, batches: int | None = None) -> float | None:
         if not isinstance(self.metric, Metric):

@@ -43,7 +43,8 @@ class RelevancePruning(CompressionCallback, Stage):
     Args:
         sparsity: Share of the compressible weights to be zero at the end, in [0, 1). None, with "nonpositive" only:
             as many as the first scoring finds non-positive, or until the set is exhausted; positives never go.
-        selection: "nonpositive": weights with relevance <= 0 first, smallest score first; where the set runs out
+        selection: By default "nonpositive" where the criterion gives a sign, otherwise "least". "nonpositive": weights
+            with relevance <= 0 first, smallest score first; where the set runs out
             before `sparsity` is met, positive ones follow, least first, and the report says how many. "least":
             smallest score first whatever the sign.
         start: When the ramp begins: epochs (whole number) or a share of the fit.
@@ -62,22 +63,23 @@ class RelevancePruning(CompressionCallback, Stage):
         self,
         *,
         sparsity: float | None = None,
-        selection: SelectionRule = "nonpositive",
+        selection: SelectionRule | None = None,
         start: Moment = 0.25,
         end: Moment = 0.6,
         exclude: Sequence[str] = (),
         pruning: Pruning | None = None,
     ) -> None:
         super().__init__()
-        if selection not in ("nonpositive", "least"):
+        if selection not in (None, "nonpositive", "least"):
             raise ValueError(f"selection must be 'nonpositive' or 'least', got {selection!r}")
         sparsity = None if sparsity is None else check_number("sparsity", sparsity)
         if sparsity is not None and not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}")
-        if sparsity is None and selection != "nonpositive":
+        if sparsity is None and selection == "least":
             raise ValueError(f"selection={selection!r} needs a sparsity: only 'nonpositive' has an end of its own")
         self.sparsity = sparsity
-        self.selection: SelectionRule = selection
+        self.selection = selection
+        self._rule: SelectionRule = selection or "nonpositive"
         self.start = check_moment("start of pruning", start)
         self.end = check_moment("end of pruning", end)
         self.exclude = check_names("exclude", exclude)
@@ -121,7 +123,13 @@ class RelevancePruning(CompressionCallback, Stage):
         return self._target == 0 or self._done >= len(self._positions)
 
     def check_scores(self, scores: ScoreMap) -> None:
-        """Only weights of known relevance can go."""
+        """Only weights of known relevance can go, and only signed relevance is non-positive."""
+        self._rule = self.selection or ("nonpositive" if scores.signed else "least")
+        if not scores.signed and (self._rule == "nonpositive" or self.sparsity is None):
+            raise ValueError(
+                "selection='nonpositive', and pruning without a sparsity, need scores with a sign, which this "
+                "criterion does not give: set a sparsity and selection='least', or use criterion='lrp'"
+            )
         total = sum(tensor.numel() for tensor in scores.score.values())
         known = 1 - sum(int(tensor.isnan().sum()) for tensor in scores.score.values()) / total
         if self.sparsity is not None and self.sparsity > known:
@@ -160,7 +168,7 @@ class RelevancePruning(CompressionCallback, Stage):
         selection = select_mask(
             scores,
             cubic(self._done / len(self._positions), final=self._target),
-            selection=self.selection,
+            selection=self._rule,
             previous=session.latent.mask(),
             positives=self.sparsity is not None,
         )

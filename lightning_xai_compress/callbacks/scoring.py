@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar
 
 from lightning_xai_compress.callbacks.base import CompressionCallback
+from lightning_xai_compress.callbacks.calibration import training_batch_size
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Scoring, Stage
 from lightning_xai_compress.checks import check_number
+from lightning_xai_compress.criteria import check_criterion, criterion_name
 from lightning_xai_compress.plan import ScoreMap
+from lightning_xai_compress.relevance import LEAST_BATCHES
 
 __all__ = ["RelevanceScoring"]
 
 
 class RelevanceScoring(CompressionCallback, Stage):
-    """Compute per-weight LRP relevance at chosen epochs.
+    """Compute per-weight LRP relevance, or another criterion, at chosen epochs.
 
     Args:
         relevance_epochs: Epochs at whose start relevance is computed: a list in rising order, or every n epochs. By
             default right before each use: at every pruning step and before bits are allocated; without another
             stage, at every epoch.
+        criterion: "lrp", "deeplift", "taylor", "fisher", "wanda", "magnitude", "lamp", "random", or a function of your
+            own, see `score`; all stages of the fit go by it.
         scoring: How, and on how many samples.
 
     Attributes:
@@ -33,8 +39,16 @@ class RelevanceScoring(CompressionCallback, Stage):
     rank: ClassVar[int] = 0
     needs_scores: ClassVar[bool] = True
 
-    def __init__(self, *, relevance_epochs: int | list[int] | None = None, scoring: Scoring | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        relevance_epochs: int | list[int] | None = None,
+        criterion: str | Callable[..., Any] = "lrp",
+        scoring: Scoring | None = None,
+    ) -> None:
         super().__init__()
+        check_criterion(criterion)
+        self.criterion = criterion
         self.relevance_epochs = check_epochs(relevance_epochs)
         if scoring is not None and not isinstance(scoring, Scoring):
             raise ValueError(f"scoring must be a Scoring(...), got {scoring!r}")
@@ -58,7 +72,13 @@ class RelevanceScoring(CompressionCallback, Stage):
                 f"relevance_epochs={list(epochs)} reaches past the end of the fit, which has {length:g} epochs, "
                 "counted from 0"
             )
-        session.scoring = self.scoring
+        batches = self.scoring.samples // training_batch_size(session.trainer)
+        if "standard_error" in self.scoring.statistics and batches < LEAST_BATCHES:
+            raise ValueError(
+                f"statistics with 'standard_error' need at least {LEAST_BATCHES} batches, but "
+                f"samples={self.scoring.samples} are {batches} of this loader's: raise samples in Scoring(...)"
+            )
+        session.scoring, session.criterion = self.scoring, self.criterion
         alone = not any(stage.needs_scores and stage is not self for stage in session.stages)
         self._every = 1 if alone and self.relevance_epochs is None else 0
         session.keeps_scores = self.relevance_epochs is not None
@@ -71,7 +91,10 @@ class RelevanceScoring(CompressionCallback, Stage):
         self._done = epoch
         scores = session.rescore(batch)
         if scores is not None:
-            session.record("scored", batch, f"relevance from {scores.samples} samples", samples=scores.samples)
+            message = f"{criterion_name(self.criterion)} scores from {scores.samples} samples"
+            if scores.left_out:
+                message += f" ({scores.left_out} logits <= 0 left out)"
+            session.record("scored", batch, message, samples=scores.samples)
 
     def _chosen(self, epoch: int) -> bool:
         if self._every:

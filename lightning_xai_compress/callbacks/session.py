@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from lightning_xai_compress.callbacks.clock import Clock
 from lightning_xai_compress.callbacks.console import progress
 from lightning_xai_compress.callbacks.latent import LatentCopy
 from lightning_xai_compress.callbacks.stage import Scoring, Stage
-from lightning_xai_compress.errors import NonFiniteError
+from lightning_xai_compress.criteria import Criterion, score
+from lightning_xai_compress.errors import NonFiniteError, RelevanceError
 from lightning_xai_compress.layers import find_layers
 from lightning_xai_compress.plan import ScoreMap, Skipped
-from lightning_xai_compress.relevance import score
+from lightning_xai_compress.relevance import Explain, Statistic
 from lightning_xai_compress.report import dense_bytes, estimated_bytes, table
 
 __all__ = ["Session"]
@@ -56,6 +57,7 @@ class Session:
         self.latent = LatentCopy({name: parameters[name] for name in layers.names})
         self.skipped = list(layers.skipped)
         self.scoring = Scoring()
+        self.criterion: str | Criterion = "lrp"
         self.keeps_scores = False
         self.scores: ScoreMap | None = None
         self.history: list[dict[str, Any]] = []
@@ -166,25 +168,52 @@ class Session:
         try:
             self._agree_on_buffers()
             with progress(self.trainer, "relevance", total) as advance:
-                scores = score(
-                    self.module,
-                    calibration_batches(self.trainer, samples=samples, seed=seed),
-                    layers=tuple(self.latent.parameters),
-                    explain=self.scoring.explain,
-                    epsilon=self.scoring.epsilon,
-                    on_batch=advance,
-                )
+                batches = calibration_batches(self.trainer, samples=samples, seed=seed)
+                scores = self.score(batches, seed=seed, on_batch=advance)
         except NonFiniteError as error:
             self.halt(f"relevance is not finite: {error}")
             return None
+        except RelevanceError as error:
+            self.halt(f"weights could not be scored: {error}")
+            return None
         scores = self._agree_on_scores(scores)
-        sums = {name: float(scores.relevance[name].abs().sum()) for name in scores.score if name not in scores.unknown}
+        sums = {
+            name: float(scores.relevance[name].abs().nansum()) for name in scores.score if name not in scores.unknown
+        }
         if sum(sums.values()) == 0:
             self.halt("relevance is zero everywhere: what is explained does not depend on the weights")
             return None
         self.scores = scores
         self._shares = {name: value / sum(sums.values()) for name, value in sums.items()}
         return scores
+
+    def score(
+        self,
+        batches: Iterable[Any],
+        *,
+        seed: int,
+        criterion: str | Criterion | None = None,
+        explain: Explain | None = None,
+        statistics: Sequence[Statistic] | None = None,
+        heatmaps: int = 0,
+        on_batch: Callable[[], None] | None = None,
+    ) -> ScoreMap:
+        """Score some batches by the criterion and the settings of this fit, where no others are given."""
+        return score(
+            self.module,
+            batches,
+            self.criterion if criterion is None else criterion,
+            composite=self.scoring.composite,
+            explain=explain or self.scoring.explain,
+            statistics=self.scoring.statistics if statistics is None else statistics,
+            epsilon=self.scoring.epsilon,
+            attention=self.scoring.attention,
+            baseline=self.scoring.baseline,
+            layers=tuple(self.latent.parameters),
+            heatmaps=heatmaps,
+            seed=seed,
+            on_batch=on_batch,
+        )
 
     def _agree_on_buffers(self) -> None:
         """BatchNorm statistics of rank 0, as DDP itself takes them: scores are made in evaluation mode."""
@@ -200,7 +229,12 @@ class Session:
         def mean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: self.trainer.strategy.reduce(tensor, reduce_op="mean") for name, tensor in tensors.items()}
 
-        return ScoreMap(mean(scores.score), mean(scores.relevance), mean(scores.sensitivity), scores.samples)
+        return replace(
+            scores,
+            score=mean(scores.score),
+            relevance=mean(scores.relevance),
+            sensitivity=mean(scores.sensitivity),
+        )
 
     @property
     def relevance_shares(self) -> dict[str, float]:
@@ -299,6 +333,7 @@ class Session:
                 "relevance": dict(self.scores.relevance),
                 "sensitivity": dict(self.scores.sensitivity),
                 "samples": self.scores.samples,
+                "signed": self.scores.signed,
             }
         return state
 
@@ -321,7 +356,8 @@ class Session:
         """Score one batch: finds a batch that is not understood, and layers that get no relevance."""
         batches = calibration_batches(self.trainer, samples=1, seed=self.scoring.seed)
         try:
-            scores = score(self.module, batches, layers=tuple(self.latent.parameters), explain=self.scoring.explain)
+            # the margin: logits may all be negative before training
+            scores = self.score(batches, seed=self.scoring.seed, explain="margin", statistics=("rms",))
         except NonFiniteError as error:
             raise NonFiniteError(f"relevance is not finite before the first batch: {error}") from error
         known = {entry.name for entry in self.skipped}

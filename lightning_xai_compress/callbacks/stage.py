@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Trainer
+from zennit.core import Composite
 
 from lightning_xai_compress.checks import check_number
 from lightning_xai_compress.plan import ScoreMap
-from lightning_xai_compress.relevance import Explain
+from lightning_xai_compress.relevance import (
+    AttentionRule,
+    Explain,
+    Statistic,
+    check_attention,
+    check_composite,
+    check_explain,
+    check_statistics,
+)
 
 if TYPE_CHECKING:
     from lightning_xai_compress.callbacks.session import Session
@@ -20,24 +30,35 @@ __all__ = ["Planned", "Scoring", "Stage"]
 
 @dataclass(frozen=True)
 class Scoring:
-    """How weights are scored.
+    """How weights are scored; `score` says more about each.
 
     Args:
-        explain: Start relevance: "margin" (true class against the others) or "logit" (true class).
-        epsilon: Stabiliser of LRP-epsilon, >= 0.
+        explain: Start relevance: "margin" (true class against the others), "logit" (true class) or "predicted".
+        composite: Rules of LRP: a name such as "epsilon" or "epsilon_plus", or a zennit Composite.
+        attention: "attnlrp", or "cp", which leaves the projections of queries and keys unknown, and so unpruned.
+        statistics: What to collect beside the signed mean; "rms" is what the score is made of.
+        epsilon: Stabiliser of plain LRP-epsilon, >= 0.
+        baseline: Input value that DeepLIFT compares with.
         samples: Training samples a pass, in whole batches, >= 1. Fewer than some hundred make the signs a lottery.
-        seed: Decides which samples.
+        seed: Decides which samples, and the criterion "random".
     """
 
     explain: Explain = "margin"
+    composite: str | Composite = "epsilon"
+    attention: AttentionRule = "attnlrp"
+    statistics: Sequence[Statistic] = ("rms",)
     epsilon: float = 1e-6
+    baseline: float = 0.0
     samples: int = 1024
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.explain not in ("margin", "logit"):
-            raise ValueError(f"explain must be 'margin' or 'logit', got {self.explain!r}")
+        check_explain(self.explain)
+        check_composite(self.composite)
+        check_attention(self.attention)
+        check_statistics(self.statistics)
         check_number("epsilon", self.epsilon)
+        check_number("baseline", self.baseline)
         check_number("samples", self.samples, whole=True)
         check_number("seed", self.seed, whole=True)
         if not 0 <= self.seed < 2**32:

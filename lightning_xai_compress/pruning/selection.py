@@ -54,12 +54,14 @@ def select_mask(
         positives: With "nonpositive": whether positive weights follow, least first, when the set runs out.
 
     Raises:
-        ValueError: `sparsity` outside [0, 1), or no such rule.
+        ValueError: `sparsity` outside [0, 1), no such rule, or one that needs a sign where there is none.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}")
     if selection not in ("nonpositive", "least"):
         raise ValueError(f"selection must be 'nonpositive' or 'least', got {selection!r}")
+    if selection == "nonpositive" and not scores.signed:
+        raise ValueError("selection='nonpositive' needs scores with a sign, such as those of 'lrp'")
     names = sorted(scores.score)
     score = _flatten(scores.score, names)
     kept = torch.ones_like(score, dtype=torch.bool)

@@ -1,6 +1,40 @@
 """The relevance engine: how much each weight contributes to what the model decides."""
 
-from lightning_xai_compress.relevance.engine import evaluation, score
-from lightning_xai_compress.relevance.explain import Explain, call_model, split_batch
+from lightning_xai_compress.relevance.attention import AttentionRule, check_attention
+from lightning_xai_compress.relevance.composites import COMPOSITE_NAMES, check_composite
+from lightning_xai_compress.relevance.engine import Propagation, relevance_sums
+from lightning_xai_compress.relevance.explain import Explain, call_model, check_explain, split_batch
+from lightning_xai_compress.relevance.heatmaps import is_picture, save_heatmaps
+from lightning_xai_compress.relevance.isolation import evaluation, isolated, unwrapped
+from lightning_xai_compress.relevance.norms import input_norms
+from lightning_xai_compress.relevance.statistics import (
+    LEAST_BATCHES,
+    STATISTICS,
+    RelevanceSums,
+    Statistic,
+    check_statistics,
+)
 
-__all__ = ["Explain", "call_model", "evaluation", "score", "split_batch"]
+__all__ = [
+    "COMPOSITE_NAMES",
+    "LEAST_BATCHES",
+    "STATISTICS",
+    "AttentionRule",
+    "Explain",
+    "Propagation",
+    "RelevanceSums",
+    "Statistic",
+    "call_model",
+    "check_attention",
+    "check_composite",
+    "check_explain",
+    "check_statistics",
+    "evaluation",
+    "input_norms",
+    "is_picture",
+    "isolated",
+    "relevance_sums",
+    "save_heatmaps",
+    "split_batch",
+    "unwrapped",
+]

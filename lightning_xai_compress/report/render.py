@@ -40,6 +40,7 @@ def render(report: Report) -> str:
             ),
             *([measured] if report.metric else []),
             ("sparsity", "", f"{report.sparsity:.2%}", ""),
+            *([("scored by", "", report.criterion, "")] if report.criterion else []),
             ("average bits", "32", "32" if report.average_bits is None else f"{report.average_bits:.2f}", ""),
         ],
     )
@@ -71,6 +72,8 @@ def render(report: Report) -> str:
         notes.append(f"{report.positive_pruned:,} of the pruned weights had positive relevance")
     if report.halted:
         notes.append(f"pruning stopped early: {report.halted}")
+    if report.heatmaps:
+        notes.append(f"heat maps: {report.heatmaps}, beside the report")
     if notes:
         parts.append("\n".join(notes))
     return "\n\n".join(parts)

@@ -65,6 +65,8 @@ class Report:
         sparsity: Zeros by the mask over all compressible weights.
         average_bits: Mean width over all compressible weights, pruned ones included; None where not quantized.
         metric: What `accuracy` is, and on which data.
+        criterion: What weights were scored by.
+        heatmaps: Picture, beside the report, of what the final model looks at in some training images; "" for none.
         artifacts: The written files.
         failed: Formats that could not be written: name and reason.
         layers: One entry a compressible layer.
@@ -84,6 +86,8 @@ class Report:
     artifacts: tuple[Artifact, ...]
     layers: tuple[LayerReport, ...]
     skipped: tuple[Skipped, ...]
+    criterion: str = ""
+    heatmaps: str = ""
     failed: tuple[Skipped, ...] = ()
     positive_pruned: int = 0
     halted: str = ""
@@ -110,6 +114,8 @@ def build_report(
     dense: Measured | None = None,
     accuracy: float | None = None,
     metric: str = "",
+    criterion: str = "",
+    heatmaps: str = "",
     artifacts: Sequence[Artifact] = (),
     failed: Sequence[Skipped] = (),
     relevance: Mapping[str, float] | None = None,
@@ -126,7 +132,7 @@ def build_report(
         dense: The state before; its bytes are measured here where it is None.
         accuracy: Metric of the compressed model.
         relevance: Share of absolute relevance by parameter name.
-        metric, artifacts, failed, positive_pruned, halted, history, versions: See `Report`.
+        metric, criterion, heatmaps, artifacts, failed, positive_pruned, halted, history, versions: See `Report`.
 
     Raises:
         ArtifactError: The parameters are not what the plan says.
@@ -152,6 +158,8 @@ def build_report(
         sparsity=plan.mask.sparsity,
         average_bits=plan.allocation.average_bits if plan.allocation else None,
         metric=metric,
+        criterion=criterion,
+        heatmaps=heatmaps,
         artifacts=tuple(artifacts),
         layers=layers,
         skipped=plan.skipped,

@@ -76,7 +76,7 @@ def test_settings_out_of_range_are_refused_when_made(settings, text):
         (lambda: Scoring(samples=2.5), "samples must be a whole number, got 2.5"),
         (lambda: Scoring(seed=2**62), "seed must lie in"),
         (lambda: Pruning(steps=2.5), "pruning steps must be a whole number, got 2.5"),
-        (lambda: Scoring(explain="loss"), "explain must be 'margin' or 'logit', got 'loss'"),
+        (lambda: Scoring(explain="loss"), "explain must be 'margin', 'logit' or 'predicted', got 'loss'"),
     ],
 )
 def test_stage_settings_out_of_range_are_refused(make, text):

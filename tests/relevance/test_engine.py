@@ -41,6 +41,12 @@ def build(module, seed=0):
     return module
 
 
+def lift(model):
+    """Make all logits positive, so that none is left out."""
+    [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1].bias.data.add_(20.0)
+    return model
+
+
 def batch(*shape, classes=4, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -50,7 +56,7 @@ def batch(*shape, classes=4, seed=1):
 def test_epsilon_zero_is_gradient_times_weight_of_the_true_logit():
     model, (x, y) = build(Net), batch(8, 2, 6, 6)
 
-    scores = score(model, [(x, y)], explain="logit", epsilon=0.0)
+    scores = score(lift(model), [(x, y)], explain="logit", epsilon=0.0)
 
     model.eval()
     model(x).gather(1, y.unsqueeze(1)).sum().backward()
@@ -87,7 +93,7 @@ def test_weights_of_an_input_carry_the_relevance_that_zennit_gives_the_input(eps
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.LeakyReLU(), nn.Linear(5, 3)).double()
     x, y = batch(7, 6, classes=3)
 
-    scores = score(model, [(x, y)], explain="logit", epsilon=epsilon)
+    scores = score(lift(model), [(x, y)], explain="logit", epsilon=epsilon)
 
     heat = zennit_heat_map(model, x, y, epsilon)
     torch.testing.assert_close(scores.relevance["0.weight"].sum(0), heat.sum(0) / 7, rtol=1e-7, atol=1e-12)
@@ -102,7 +108,7 @@ def test_convolutions_carry_the_relevance_that_zennit_gives_each_channel(epsilon
     ).double()  # fmt: skip
     x, y = batch(7, 3, 6, 6, classes=3)
 
-    scores = score(model, [(x, y)], explain="logit", epsilon=epsilon)
+    scores = score(lift(model), [(x, y)], explain="logit", epsilon=epsilon)
 
     heat = zennit_heat_map(model, x, y, epsilon)
     torch.testing.assert_close(
@@ -116,7 +122,7 @@ def test_epsilon_matches_the_definition_written_out():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     x, y = batch(5, 3, classes=2)
     epsilon = 0.1
-    scores = score(model, [(x, y)], explain="logit", epsilon=epsilon)
+    scores = score(lift(model), [(x, y)], explain="logit", epsilon=epsilon)
 
     w1, b1, w2, b2 = (parameter.detach() for parameter in model.parameters())
     expected1, expected2 = torch.zeros_like(w1), torch.zeros_like(w2)
@@ -151,7 +157,7 @@ def test_sensitivity_is_the_sum_of_squares_over_samples_and_positions(layer, sha
     x, y = batch(*shape, classes=3)
     model(x)
 
-    scores = score(model, [(x, y)], explain="logit", epsilon=0.0)
+    scores = score(lift(model), [(x, y)], explain="logit", epsilon=0.0)
 
     expected = torch.zeros_like(conv.weight)
     for sample, label in zip(x, y, strict=True):
@@ -237,7 +243,7 @@ def test_smooth_activations_pass_the_secant(function):
     model = Smooth().double()
     x, y = batch(5, 3, classes=2)
     x = 4 * x
-    scores = score(model, [(x, y)], explain="logit", epsilon=0.0)
+    scores = score(lift(model), [(x, y)], explain="logit", epsilon=0.0)
 
     z = model.first(x).detach()
     c = model.second.weight.detach()[y] * function(z.clone()) / z
@@ -260,7 +266,7 @@ def test_tied_and_reused_weights_add_up():
 
     model = Twice().double()
     x, y = batch(6, 4, classes=3)
-    scores = score(model, [(x, y)], explain="logit", epsilon=0.0)
+    scores = score(lift(model), [(x, y)], explain="logit", epsilon=0.0)
 
     model(x).gather(1, y.unsqueeze(1)).sum().backward()
     assert set(scores.score) == {"a.weight", "head.weight"}
@@ -388,7 +394,10 @@ def test_a_detached_output_is_an_error():
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [({"epsilon": -1.0}, "epsilon must be >= 0"), ({"explain": "loss"}, "explain must be 'margin' or 'logit'")],
+    [
+        ({"epsilon": -1.0}, "epsilon must be >= 0"),
+        ({"explain": "loss"}, "explain must be 'margin', 'logit' or 'predicted'"),
+    ],
 )
 def test_bad_settings_are_refused(arguments, text):
     with pytest.raises(ValueError, match=text):

@@ -16,12 +16,14 @@ X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tens
 @pytest.fixture
 def linear():
     torch.manual_seed(0)
-    return nn.Linear(4, 3)
+    layer = nn.Linear(4, 3)
+    layer.bias.data.add_(20.0)  # no logit is negative and left out
+    return layer
 
 
 @pytest.mark.parametrize("batch", [(X, Y), [X, Y, "extra"], {"image": X, "label": Y}, {"x": X, "targets": Y}])
 def test_common_batches_are_understood(linear, batch):
-    explained, samples = explained_tensor(linear, batch, 0, "logit")
+    explained, samples, *_ = explained_tensor(linear, batch, 0, "logit")
 
     assert samples == 6
     torch.testing.assert_close(explained.sum(), linear(X).gather(1, Y.unsqueeze(1)).sum())
@@ -87,7 +89,7 @@ def test_a_relevance_step_must_return_a_tensor(linear):
     ids=["several labels", "regression", "soft classes", "one-hot classes"],
 )
 def test_the_margin_is_minus_the_loss_gradient_of_several_labels_and_regression(linear, target, loss):
-    explained, _ = explained_tensor(linear, (X, target), 0, "margin")
+    explained = explained_tensor(linear, (X, target), 0, "margin").tensor
 
     logits = linear(X).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(logits, target), logits)
@@ -101,7 +103,7 @@ def test_one_logit_and_binary_labels_are_explained_by_the_sigmoid(dtype, shape):
     model = nn.Linear(4, 1)
     target = torch.tensor([0, 1, 1, 0, 1, 0])
 
-    explained, _ = explained_tensor(model, (X, target.to(dtype).view(shape)), 0, "margin")
+    explained = explained_tensor(model, (X, target.to(dtype).view(shape)), 0, "margin").tensor
 
     logits = model(X).detach()
     torch.testing.assert_close(explained, logits * (target.view(6, 1) - logits.sigmoid()))
@@ -119,7 +121,7 @@ def test_segmentation_is_explained_by_pixel_and_ignored_pixels_are_not():
     x, y = torch.randn(2, 2, 4, 4), torch.randint(0, 3, (2, 4, 4))
     y[0, 0] = -100
 
-    explained, _ = explained_tensor(model, (x, y), 0, "margin")
+    explained = explained_tensor(model, (x, y), 0, "margin").tensor
 
     logits = model(x).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), logits)

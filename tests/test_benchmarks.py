@@ -1,0 +1,130 @@
+"""The benchmarks as anyone runs them, in quick form; and whether what they share measures what it says."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_xai_compress import score
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+COST_CHECKS = {
+    "epsilon_flops_resnet18", "epsilon_cpu_resnet18", "epsilon_cpu_mobilenet_v2", "epsilon_cpu_vgg11_bn",
+    "all_statistics_cpu_resnet18", "zplus_flops_resnet18", "epsilon_cpu_vit", "epsilon_memory_resnet18",
+}  # fmt: skip
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.mark.slow
+def test_the_cost_of_relevance_is_measured_and_its_flops_keep_their_limits(tmp_path):
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / "relevance_cost.py", "--quick", "--output", tmp_path / "cost.json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+    content = json.loads((tmp_path / "cost.json").read_text())
+    checks = content["checks"]
+    assert checks.keys() == content["limits"].keys() == COST_CHECKS
+    assert all(math.isfinite(each) and each > 0 for each in checks.values())
+    assert 1.0 <= checks["epsilon_flops_resnet18"] <= 1.01
+    assert 1.0 < checks["zplus_flops_resnet18"] <= 1.45
+    # of other libraries: one more forward pass (z) and one more backward pass at least
+    assert content["costs"]["resnet18"]["naive_recorder"]["flops_ratio"] > 1.5
+    rounds = content["settings"]["rounds"]
+    for costs in content["costs"].values():
+        assert all(len(cost["cpu"]) == len(cost["wall"]) == rounds for cost in costs.values())
+    peaks = content["growth"]["epsilon"]["tensor_bytes"]
+    assert peaks[0] == pytest.approx(peaks[-1], rel=0.05)
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+    assert all(name in result.stdout for name in COST_CHECKS)
+
+
+@pytest.mark.slow
+def test_the_naive_recorder_that_is_timed_gives_the_same_relevance(load):
+    cost = load("relevance_cost")
+    torch.manual_seed(0)
+    model = cost.MODELS["resnet18"](32).double()
+    batches = [(torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 7])) for _ in range(2)]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2.0)
+            module.eps = 0.0  # zennit leaves it in when it merges
+        elif isinstance(module, nn.ReLU):
+            module.inplace = False
+
+    recorded = cost.naive_recorder(model, batches, epsilon=1e-13)
+
+    ours = score(model, batches, epsilon=0.0, statistics=()).relevance
+    assert recorded.keys() == ours.keys()
+    for name, relevance in ours.items():
+        error = torch.linalg.vector_norm(recorded[name] - relevance) / torch.linalg.vector_norm(relevance)
+        assert error < 1e-6, name
+
+
+def test_ratios_are_taken_within_a_round(load):
+    # a round that is slow as a whole changes nothing
+    assert load("common").ratio([2.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == 2.0
+
+
+def test_every_other_round_runs_backwards(load):
+    order = []
+
+    timings = load("common").paired({name: lambda name=name: order.append(name) for name in "abc"}, rounds=3)
+
+    assert "".join(order) == "abccbaabc"
+    assert all(len(timing.cpu) == len(timing.wall) == 3 for timing in timings.values())
+
+
+MEMORY = """
+import json, sys, torch
+from common import peak_memory
+block = lambda: torch.empty(48 * 2**20, dtype=torch.uint8).fill_(1)
+tasks = [lambda: [block() is None for _ in range(3)], lambda: [block() for _ in range(3)]]
+print(json.dumps([vars(peak_memory(task)) for task in tasks]))
+"""
+
+
+def test_the_peak_of_memory_is_of_what_lives_at_once():
+    # a process of its own: malloc reuses what earlier tests left
+    result = subprocess.run([sys.executable, "-c", MEMORY], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+
+    in_turn, together = json.loads(result.stdout)
+    block = 48 * 2**20
+    assert in_turn["tensor_bytes"] == block
+    assert together["tensor_bytes"] == 3 * block
+    assert in_turn["resident_bytes"] == pytest.approx(block, abs=block / 4)
+    assert together["resident_bytes"] == pytest.approx(3 * block, abs=block / 4)
+
+
+def test_results_are_on_disk_after_every_entry(load, tmp_path):
+    results = load("common").Results(tmp_path / "new" / "file.json", settings={"rounds": 2})
+    results.add("costs", "net", epsilon=[1.0, 2.0])
+    results.add("costs", "other", epsilon=[3.0])
+
+    written = json.loads((tmp_path / "new" / "file.json").read_text())
+    assert written == {
+        "settings": {"rounds": 2},
+        "costs": {"net": {"epsilon": [1.0, 2.0]}, "other": {"epsilon": [3.0]}},
+    }
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file.json"]
+
+
+def test_the_environment_says_what_ran(load):
+    record = load("common").environment([0, 1])
+
+    assert record["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert record["threads"] == torch.get_num_threads()
+    assert record["seeds"] == [0, 1]
+    assert record["processor"]
