@@ -59,6 +59,7 @@ class RelevanceSums:
         self.samples = 0
         self.batches = 0
         self.left_out = 0
+        self.used_up = False
         self.folded: dict[str, Tensor] = {}
         self.seen = {name: weight.new_zeros(len(weight), dtype=torch.bool) for name, weight in self.weights.items()}
         kinds = ["signed"]
@@ -126,6 +127,8 @@ class RelevanceSums:
     def score_map(self, skipped: tuple[Skipped, ...] = (), heatmaps: HeatMaps | None = None) -> ScoreMap:
         """Means over samples, and the score that ranks.
 
+        The sums are used up: for large layers, fresh memory would cost more than the arithmetic.
+
         Args:
             skipped: Layers that were not scored.
             heatmaps: To go with it.
@@ -135,19 +138,30 @@ class RelevanceSums:
             NonFiniteError: A sum is not finite; names the parameter.
         """
         self._check()
+        self.used_up = True
         relevance, sensitivity, scores = {}, {}, {}
         extra: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.statistics}
         for name, weight in self.weights.items():
-            # in place wherever possible: for a large layer, fresh memory costs more than arithmetic
-            total = {kind: totals[name] for kind, totals in self.sums.items()}
+            total = {kind: totals.take(name) for kind, totals in self.sums.items()}
+            found: dict[str, Tensor] = {}
+            magnitude = weight.abs()
+            if "between" in total:
+                found["standard_error"] = self._standard_error(total, magnitude)
             if "square" in total:
-                spread = total["square"] / self.samples
+                spread = total["square"].div_(self.samples)
             else:  # the next best that was collected
                 spread = total.get("absolute", total["signed"]).square().div_(self.samples**2)
-            found = {kind: _statistic(kind, weight, total, self.samples, self.batches) for kind in self.statistics}
-            relevance[name] = (weight * total["signed"]).div_(self.samples)
+            relevance[name] = total["signed"].mul_(weight).div_(self.samples)
+            if "absolute" in total:
+                found["absolute"] = total["absolute"].mul_(magnitude).div_(self.samples)
+                if "positive" in self.statistics:
+                    found["positive"] = (found["absolute"] + relevance[name]).div_(2)
+            rms = spread.sqrt().mul_(magnitude)
+            if "square" in total:
+                found["rms"] = rms
             sensitivity[name] = spread
-            scores[name] = spread.sqrt().mul_(weight).mul_(weight)
+            scores[name] = rms * magnitude if "square" in total else rms.mul_(magnitude)
+            del total, magnitude
             if name in self.folded:
                 scores[name].mul_(self.folded[name])
             for label, tensor in (("relevance", relevance[name]), ("score", scores[name])):
@@ -157,8 +171,8 @@ class RelevanceSums:
                 unknown = ~self.seen[name].view(-1, *[1] * (weight.dim() - 1))
                 for tensor in (relevance[name], spread, scores[name], *found.values()):
                     tensor.masked_fill_(unknown, torch.nan)
-            for kind, tensor in found.items():
-                extra[kind][name] = tensor
+            for kind in self.statistics:
+                extra[kind][name] = found[kind]
         unreached = [Skipped(name, _UNREACHED) for name, rows in self.seen.items() if not rows.any()]
         return ScoreMap(
             scores,
@@ -176,6 +190,8 @@ class RelevanceSums:
         )
 
     def _check(self) -> None:
+        if self.used_up:
+            raise RuntimeError("these sums have been made into scores already")
         if not self.samples:
             if self.left_out:
                 raise RelevanceError(
@@ -193,6 +209,12 @@ class RelevanceSums:
                 f"a standard error needs at least {LEAST_BATCHES} batches, got {self.batches}: use smaller batches"
             )
 
+    def _standard_error(self, total: Mapping[str, Tensor], magnitude: Tensor) -> Tensor:
+        """A batch mean of n samples spreads by 1 / n of what samples do."""
+        mean = total["signed"] / self.samples
+        variance = (total["between"] / self.samples).addcmul_(mean, mean, value=-1).clamp_(min=0)
+        return variance.div_(self.batches - 1).sqrt_().mul_(magnitude)
+
 
 class _Totals(dict[str, Tensor]):
     """One total a weight; zeros until something is added."""
@@ -205,26 +227,16 @@ class _Totals(dict[str, Tensor]):
         self[name] = torch.zeros_like(self._weights[name])
         return self[name]
 
+    def take(self, name: str) -> Tensor:
+        """The total of a weight, which is zeros again afterwards."""
+        return self.pop(name) if name in self else torch.zeros_like(self._weights[name])
+
     def add(self, name: str, rows: slice, value: Tensor) -> None:
         """Add to some rows; the first value for all rows is taken over as it is."""
         if name in self or rows != slice(None):
             self[name][rows].add_(value)
         else:
             self[name] = value
-
-
-def _statistic(kind: str, weight: Tensor, total: Mapping[str, Tensor], samples: int, batches: int) -> Tensor:
-    """One of `STATISTICS` from sums of r / w, |r / w| and so on."""
-    if kind == "rms":
-        return (total["square"] / samples).sqrt_().mul_(weight).abs_()
-    if kind == "absolute":
-        return (total["absolute"] * weight).abs_().div_(samples)
-    if kind == "positive":
-        return (total["absolute"] * weight).abs_().addcmul_(total["signed"], weight).div_(2 * samples)
-    # a batch mean of n samples spreads by 1 / n of what samples do
-    mean = total["signed"] / samples
-    variance = (total["between"] / samples).addcmul_(mean, mean, value=-1).clamp_(min=0).div_(batches - 1)
-    return variance.sqrt_().mul_(weight).abs_()
 
 
 _UNREACHED = "relevance unknown (not reached by an ordinary layer call)"
