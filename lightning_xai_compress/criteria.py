@@ -13,7 +13,7 @@ from zennit.core import Composite
 
 from lightning_xai_compress.errors import RelevanceError
 from lightning_xai_compress.layers import find_scorable
-from lightning_xai_compress.plan import ScoreMap, Skipped
+from lightning_xai_compress.plan import ScoreMap, Skipped, unknown_rows
 from lightning_xai_compress.relevance import (
     AttentionRule,
     Explain,
@@ -139,7 +139,7 @@ def score(
         norms, samples = input_norms(model, batches, layers=request.layers, explain=explain, on_batch=on_batch)
         weights = _weights(request)
         scores = {name: weight.abs() * norms[name].sqrt() for name, weight in weights.items()}
-        return ScoreMap(scores, scores, norms, samples, signed=False, skipped=found.skipped)
+        return ScoreMap(scores, scores, norms, samples, signed=False, skipped=(*found.skipped, *unknown_rows(scores)))
     generator = torch.Generator().manual_seed(seed)
     scores = {}
     for name, weight in _weights(request).items():
@@ -185,7 +185,8 @@ def _propagated(criterion: str, request: _Request, skipped: tuple[Skipped, ...])
         epsilon=request.epsilon,
         attention=request.attention,
         baseline=request.baseline,
-        statistics=request.statistics,
+        # the Fisher information is the mean of squares, asked for or not
+        statistics=("rms", *request.statistics) if criterion == "fisher" else request.statistics,
         by_sample=criterion == "fisher",
         heatmaps=request.heatmaps,
         on_batch=request.on_batch,
@@ -231,7 +232,7 @@ def _unsigned(scores: dict[str, Tensor], skipped: tuple[Skipped, ...]) -> ScoreM
         if torch.isinf(each).any():
             raise RelevanceError(f"the score of {name} is not finite: its weights are not, or too large")
     flat = {name: torch.where(each.isnan(), each, 1.0) for name, each in scores.items()}
-    return ScoreMap(scores, scores, flat, 0, signed=False, skipped=skipped)
+    return ScoreMap(scores, scores, flat, 0, signed=False, skipped=(*skipped, *unknown_rows(scores)))
 
 
 def _weights(request: _Request) -> dict[str, Tensor]:

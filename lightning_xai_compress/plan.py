@@ -23,6 +23,7 @@ __all__ = [
     "ScoreMap",
     "Skipped",
     "student_t",
+    "unknown_rows",
 ]
 
 MIN_BITS = 2
@@ -213,6 +214,17 @@ class CompressionPlan:
         quantized = set(self.allocation.bits) if self.allocation else set()
         if quantized != set(self.scales):
             raise ValueError(f"scales and bit widths name different parameters: {sorted(quantized ^ set(self.scales))}")
+
+
+def unknown_rows(scores: Mapping[str, Tensor]) -> list[Skipped]:
+    """Name the weights of which some rows (first axis), or all, are NaN."""
+    result = []
+    for name, tensor in scores.items():
+        rows = int(tensor.flatten(1).isnan().any(1).sum()) if tensor.dim() > 1 else int(tensor.isnan().sum())
+        if rows:
+            part = "" if rows == len(tensor) else f" for {rows} of {len(tensor)} rows"
+            result.append(Skipped(name, f"relevance unknown{part} (not reached by an ordinary layer call)"))
+    return result
 
 
 def _holds_infinity(tensor: Tensor) -> bool:

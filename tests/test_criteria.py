@@ -87,6 +87,13 @@ def test_fisher_is_the_mean_square_of_the_gradient_of_one_sample_times_the_weigh
         close(scores.score[name], gradients.square().mean(0) * weight.square())
 
 
+def test_fisher_collects_its_squares_whatever_statistics_are_asked_for(model, data):
+    asked, default = score(model, [data], "fisher", statistics=()), score(model, [data], "fisher")
+
+    for name in default.score:
+        close(asked.score[name], default.score[name])
+
+
 def test_wanda_is_the_weight_times_the_norm_of_what_it_meets(model, data):
     scores = score(model, [data], "wanda")
 
@@ -204,7 +211,7 @@ def test_a_criterion_may_return_a_whole_score_map(model, data):
 def test_weights_that_a_criterion_leaves_out_are_unknown(model, data):
     scores = score(model, [data], lambda model, batches, layers: {"head.weight": torch.ones(3, 5)})
 
-    assert scores.unknown == ["conv.weight", "mix.weight"]
+    assert scores.unknown == [entry.name for entry in scores.skipped] == ["conv.weight", "mix.weight"]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning.pytorch import Trainer
+
 from lightning_xai_compress.checks import check_number
 
-__all__ = ["Clock", "Moment", "check_moment"]
+__all__ = ["Clock", "Moment", "check_moment", "clock_of"]
 
 Moment = int | float
 """A point in the fit: whole numbers are epochs, fractions in [0, 1) a share of the fit."""
@@ -80,3 +82,38 @@ class Clock:
                 f"{name}={moment} lies past the end of the fit, which has {self.label(self.batches)} epochs"
             )
         return batch
+
+
+def clock_of(trainer: Trainer, start: int | None = None) -> Clock:
+    """The length of the fit in batches.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    epoch = None if trainer.num_training_batches == float("inf") else max(int(trainer.num_training_batches), 1)
+    limits = []
+    if epoch is not None and trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs * epoch)
+    if trainer.max_steps >= 0:
+        limits.append(_batches_of(trainer, trainer.max_steps, epoch))
+    if not limits:
+        raise ValueError(
+            "the length of the fit is not known, so its phases cannot be laid out: set Trainer(max_steps=...), or "
+            "max_epochs together with limit_train_batches or a dataset that has a length"
+        )
+    batches = max(min(limits), 1)
+    if start is None:
+        begun = trainer.fit_loop.epoch_loop.total_batch_idx + 1 if epoch is None else trainer.current_epoch * epoch
+        start = min(begun, batches - 1)
+    return Clock(batches, epoch, start)
+
+
+def _batches_of(trainer: Trainer, steps: int, epoch: int | None) -> int:
+    """Batches that so many optimizer steps take; the last batches of an epoch are a step, even if fewer."""
+    if not trainer.lightning_module.automatic_optimization:
+        return max(steps // max(len(trainer.optimizers), 1), 1)  # every optimizer counts its steps
+    accumulate = trainer.accumulate_grad_batches
+    if epoch is None:
+        return steps * accumulate
+    epochs, rest = divmod(steps, -(-epoch // accumulate))
+    return epochs * epoch + min(rest * accumulate, epoch)

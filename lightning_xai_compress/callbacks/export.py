@@ -194,7 +194,7 @@ class CompressedExport(CompressionCallback, Stage):
             if found is None or not is_picture(found):
                 return ""
             save_heatmaps(found, directory / "relevance.png")
-        except (RelevanceError, OSError) as error:  # a picture must not cost the user the report
+        except Exception as error:  # whatever it is, a picture must not cost the user the report
             failed.append(Skipped("relevance.png", str(error)))
             return ""
         return "relevance.png"

@@ -19,7 +19,7 @@ from lightning_xai_compress.callbacks.calibration import (
     training_batch_size,
     update_batchnorm,
 )
-from lightning_xai_compress.callbacks.clock import Clock
+from lightning_xai_compress.callbacks.clock import clock_of
 from lightning_xai_compress.callbacks.console import progress
 from lightning_xai_compress.callbacks.latent import LatentCopy
 from lightning_xai_compress.callbacks.stage import Scoring, Stage
@@ -66,7 +66,7 @@ class Session:
         self._warned = False
         self.epoch_begins = False
         self._shares: dict[str, float] = {}
-        self.clock = _clock(trainer)
+        self.clock = clock_of(trainer)
         self._norms = tracked_norms(module)
         self._norms_of_step = -1
         self._norm_buffers: list[tuple[Tensor, Tensor]] = []
@@ -342,7 +342,7 @@ class Session:
             stage.load(state.get("stages", {}).get(type(stage).__name__, {}))
         if not state:
             return
-        self.clock = _clock(self.trainer, start=state["start"])
+        self.clock = clock_of(self.trainer, start=state["start"])
         self.latent.load_state_dict(state["latent"])
         self.history = list(state["history"])
         self.skipped = [Skipped(**entry) for entry in state["skipped"]]
@@ -384,38 +384,3 @@ def _finite_gradients(optimizer: Optimizer) -> bool:
         if parameter.grad is not None
     ]
     return not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
-
-
-def _clock(trainer: Trainer, start: int | None = None) -> Clock:
-    """The length of the fit in batches.
-
-    Raises:
-        ValueError: It is not known.
-    """
-    epoch = None if trainer.num_training_batches == float("inf") else max(int(trainer.num_training_batches), 1)
-    limits = []
-    if epoch is not None and trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(trainer.max_epochs * epoch)
-    if trainer.max_steps >= 0:
-        limits.append(_batches_of(trainer, trainer.max_steps, epoch))
-    if not limits:
-        raise ValueError(
-            "the length of the fit is not known, so its phases cannot be laid out: set Trainer(max_steps=...), or "
-            "max_epochs together with limit_train_batches or a dataset that has a length"
-        )
-    batches = max(min(limits), 1)
-    if start is None:
-        begun = trainer.fit_loop.epoch_loop.total_batch_idx + 1 if epoch is None else trainer.current_epoch * epoch
-        start = min(begun, batches - 1)
-    return Clock(batches, epoch, start)
-
-
-def _batches_of(trainer: Trainer, steps: int, epoch: int | None) -> int:
-    """Batches that so many optimizer steps take; the last batches of an epoch are a step, even if fewer."""
-    if not trainer.lightning_module.automatic_optimization:
-        return max(steps // max(len(trainer.optimizers), 1), 1)  # every optimizer counts its steps
-    accumulate = trainer.accumulate_grad_batches
-    if epoch is None:
-        return steps * accumulate
-    epochs, rest = divmod(steps, -(-epoch // accumulate))
-    return epochs * epoch + min(rest * accumulate, epoch)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_xai_compress.errors import RelevanceError
-from lightning_xai_compress.relevance.interception import Interception
+from lightning_xai_compress.relevance.interception import Interception, without_autocast
 from lightning_xai_compress.relevance.lrp import ELEMENTWISE, out_of_place
 from lightning_xai_compress.relevance.operations import LINEAR_FUNCTIONS, Operation
 from lightning_xai_compress.relevance.shares import add_squares
@@ -64,10 +64,9 @@ class Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         input = args[0] if args else kwargs.get("input")
         if func not in _RECORDED or not _is_real(input):
-            return func(*args, **kwargs)
+            return without_autocast(func, *args, **kwargs)
         before = input.clone()
-        with torch.autocast(input.device.type, enabled=False):  # which the model may switch on itself
-            output = func(*args, **kwargs)
+        output = without_autocast(func, *args, **kwargs)
         after = output.clone() if isinstance(output, Tensor) else output
         self.calls.append((func, before, after))
         return output

@@ -23,7 +23,7 @@ from lightning_xai_compress.relevance.rules import Rule, RuledOutput
 from lightning_xai_compress.relevance.shares import add_shares, add_squares, input_relevance, input_shares
 from lightning_xai_compress.relevance.statistics import RelevanceSums
 
-__all__ = ["BATCH_NORM", "Interception", "Settings"]
+__all__ = ["BATCH_NORM", "Interception", "Settings", "without_autocast"]
 
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
@@ -139,11 +139,7 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         name = self.handlers.get(func)
         handler = _ordinary if name is None else getattr(self, name)
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):  # a model that switches it on itself
-            device = next((each.device.type for each in args if isinstance(each, Tensor)), "cpu")
-            with torch.autocast(device, enabled=False):
-                return handler(func, *args, **kwargs)
-        return handler(func, *args, **kwargs)
+        return without_autocast(handler, func, *args, **kwargs)
 
     def _layer(
         self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
@@ -355,6 +351,15 @@ class Interception(TorchFunctionMode):
             return self._layer(F.linear, input, weight, bias)
 
         return multi_head_attention(linear, self._rows, self.settings.attention, *args, **kwargs)
+
+
+def without_autocast(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function as if the model had not switched autocast on by itself."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        device = next((each.device.type for each in args if isinstance(each, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+    return function(*args, **kwargs)
 
 
 def _ordinary(func: Any, *args: Any, **kwargs: Any) -> Any:

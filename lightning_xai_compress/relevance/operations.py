@@ -66,8 +66,6 @@ class Operation:
         """The tensors cut into samples, each with a first axis of one."""
         if self.spatial and tensors[0].dim() == self.spatial + 1:
             return [tensors]
-        if tensors[0].dim() == 1:
-            return [tuple(tensor.unsqueeze(0) for tensor in tensors)]
         return list(zip(*(tensor.split(1) for tensor in tensors), strict=True))
 
     def _padded(self, input: Tensor) -> Tensor:

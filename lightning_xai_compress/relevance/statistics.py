@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_xai_compress.errors import NonFiniteError, RelevanceError
-from lightning_xai_compress.plan import HeatMaps, ScoreMap, Skipped
+from lightning_xai_compress.plan import HeatMaps, ScoreMap, Skipped, unknown_rows
 
 __all__ = ["LEAST_BATCHES", "STATISTICS", "RelevanceSums", "Statistic", "check_statistics"]
 
@@ -117,8 +117,9 @@ class RelevanceSums:
             total: Gives the sum of a tensor over all processes, such as
                 `functools.partial(strategy.reduce, reduce_op="sum")`; all processes must call it alike.
         """
-        counts = torch.tensor([self.samples, self.batches, self.left_out], dtype=torch.float64)
-        self.samples, self.batches, self.left_out = (round(count) for count in total(counts).tolist())
+        device = next(iter(self.weights.values())).device
+        counts = torch.tensor([self.samples, self.batches, self.left_out], device=device)
+        self.samples, self.batches, self.left_out = total(counts).tolist()
         for name in self.weights:  # in the same order on all processes
             for totals in self.sums.values():
                 totals[name] = total(totals[name])
@@ -173,7 +174,7 @@ class RelevanceSums:
                     tensor.masked_fill_(unknown, torch.nan)
             for kind in self.statistics:
                 extra[kind][name] = found[kind]
-        unreached = [Skipped(name, _UNREACHED) for name, rows in self.seen.items() if not rows.any()]
+        partly = {name: scores[name] for name, rows in self.seen.items() if not rows.all()}
         return ScoreMap(
             scores,
             relevance,
@@ -185,7 +186,7 @@ class RelevanceSums:
             standard_error=extra.get("standard_error", {}),
             batches=self.batches,
             left_out=self.left_out,
-            skipped=(*skipped, *unreached),
+            skipped=(*skipped, *unknown_rows(partly)),
             heatmaps=heatmaps,
         )
 
@@ -237,6 +238,3 @@ class _Totals(dict[str, Tensor]):
             self[name][rows].add_(value)
         else:
             self[name] = value
-
-
-_UNREACHED = "relevance unknown (not reached by an ordinary layer call)"

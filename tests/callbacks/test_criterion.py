@@ -182,6 +182,20 @@ def test_images_end_with_a_picture_of_what_the_model_looks_at(tmp_path):
     assert (tmp_path / "relevance.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_fails_does_not_cost_the_report(tmp_path, monkeypatch):
+    def fail(heatmaps, path):
+        raise TypeError("no such palette")
+
+    monkeypatch.setattr("lightning_xai_compress.callbacks.export.save_heatmaps", fail)
+    run = compression(tmp_path)
+
+    fit(tmp_path, [run])
+
+    assert run.report.heatmaps == ""
+    assert [(each.name, each.reason) for each in run.report.failed] == [("relevance.png", "no such palette")]
+    assert (tmp_path / "report.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "criterion"),
     [

@@ -307,6 +307,9 @@ def test_queries_and_keys_in_one_layer_with_the_values_are_unknown_by_rows(rule)
     expected = torch.cat([apart.score[f"{name}.weight"] for name in "qkv"])
     torch.testing.assert_close(fused.score["qkv.weight"], expected, rtol=1e-9, atol=1e-14, equal_nan=True)
     assert expected.isnan().any() == (rule == "cp")
+    listed = {each.name: each.reason for each in fused.skipped}
+    assert ("qkv.weight" in listed) == (rule == "cp")
+    assert rule != "cp" or f"unknown for {2 * WIDTH} of {3 * WIDTH} rows" in listed["qkv.weight"]
 
 
 class Encoder(nn.Module):

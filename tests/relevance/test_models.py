@@ -183,7 +183,10 @@ def test_an_encoder_in_the_style_of_hugging_face_scores_like_its_twin_with_rules
 
     assert scores.samples == 2
     assert scores.unknown == []
-    assert scores.skipped == ()
+    assert {each.name: each.reason.partition(" (")[0] for each in scores.skipped} == {
+        "words.weight": f"relevance unknown for {model.words.num_embeddings - 6} of {model.words.num_embeddings} rows",
+        "positions.weight": "relevance unknown for 1 of 6 rows",
+    }
     rows = {name: ~each.isnan().all(1) for name, each in scores.score.items()}
     assert rows["words.weight"].nonzero().flatten().tolist() == [1, 2, 4, 5, 6, 7]  # padding explains nothing
     assert rows["positions.weight"].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
