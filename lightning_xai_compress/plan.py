@@ -203,12 +203,14 @@ class CompressionPlan:
         scales: Step of the grid of each output channel, float32 of shape [channels], exactly representable in
             bfloat16, >= 0. A weight equals its integer code times the scale, codes within +-(2^(bits-1) - 1).
         skipped: What was left alone, and why.
+        provenance: How it was made (criterion, versions and the like): plain text that every file keeps.
     """
 
     mask: Mask
     allocation: BitAllocation | None = None
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         quantized = set(self.allocation.bits) if self.allocation else set()

@@ -15,33 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xai_compress.errors import ArtifactError
-from lightning_xai_compress.formats.onnx_graph import (
-    INT2_VERSIONS,
-    INT4_VERSIONS,
-    holds_float,
-    integer_codes,
-    quantize_input,
-    readers,
-    storage_width,
-)
-from lightning_xai_compress.formats.onnx_trace import call, evaluation, named_inputs, to_device, trace
-from lightning_xai_compress.formats.registry import Inputs, register
+from lightning_xai_compress.formats.codes import integer_codes, storage_width
+from lightning_xai_compress.formats.onnx_graph import INT2_VERSIONS, INT4_VERSIONS, holds_float, quantize_input, readers
+from lightning_xai_compress.formats.onnx_trace import trace
+from lightning_xai_compress.formats.registry import Contents, Files, Format, Inputs, check_plan, register
+from lightning_xai_compress.formats.tracing import calls, check_examples, evaluation, to_device
 from lightning_xai_compress.plan import CompressionPlan
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["TOLERANCE", "onnx_session", "write_onnx"]
+__all__ = ["TOLERANCE", "check_onnx", "onnx_session", "read_onnx", "write_onnx"]
 
 TOLERANCE = 1e-4
 """Largest difference from the model, relative to its largest output, at which a file still counts as the model."""
 
 _LARGEST_FILE = 2**31 - 1
+_FILES = Files()
 
 
-@register("onnx", filename="model.onnx", needs=("onnx", "onnxscript", "onnxruntime"), extra="onnx")
-def write_onnx(model: nn.Module, plan: CompressionPlan, path: Path, examples: Sequence[Inputs]) -> float:
-    """Write a model as ONNX with integer weights, and prove that onnxruntime computes the same from it.
+def write_onnx(
+    model: nn.Module, plan: CompressionPlan, path: Path, examples: Sequence[Inputs], files: Files = _FILES
+) -> None:
+    """Write a model as ONNX with integer weights.
 
     The first dimension of the inputs, and each dimension in which the examples differ, is dynamic.
 
@@ -49,37 +45,52 @@ def write_onnx(model: nn.Module, plan: CompressionPlan, path: Path, examples: Se
         model: Its parameters hold the quantized values; left exactly as it was.
         plan: Bit widths and scales. What has none stays float.
         path: File to write.
-        examples: Inputs of the model. The first is traced, all are compared.
-
-    Returns:
-        Largest absolute difference of an output, relative to the largest value of that output.
+        examples: Inputs of the model. The first is traced.
+        files: Which integer types it may hold.
 
     Raises:
         ArtifactError: There is no example, the model cannot be traced, a weight is off its grid or not found in the
-            graph, the file would exceed 2 GB, or its outputs differ by more than `TOLERANCE`.
+            graph, or the file would exceed 2 GB.
     """
-    if not examples:
-        raise ArtifactError(
-            "the format 'onnx' traces the model with an example, but there is none: "
-            "pass examples=[Inputs((x,))], or leave 'onnx' out of formats"
-        )
+    import onnx
+
+    check_plan(model, plan)
+    check_examples("onnx", examples)
     codes = _codes(model, plan)
     with evaluation(model):
         examples = [to_device(model, example) for example in examples]
-        expected = [call(model, example) for example in examples]
-        inputs = [named_inputs(model, example) for example in examples]
-        for label, tensors in (("take", inputs), ("give", expected)):
-            if any(entry.keys() != tensors[0].keys() for entry in tensors):
-                raise ArtifactError(f"the examples {label} different tensors: {[list(entry) for entry in tensors]}")
+        inputs, expected = calls(model, examples)
         # from opset 23 on, the exporter emits Attention, and onnxruntime refuses some of its masks
         opset = INT4_VERSIONS[0]
         proto = trace(model, examples[0], inputs, weights=list(codes), outputs=list(expected[0]), opset=opset)
     # opsets 22 to 25 add types and operators, and change none
     standard = next(entry for entry in proto.opset_import if not entry.domain)
-    standard.version, proto.ir_version = _versions(plan)
-    _quantize(proto, model, plan, codes)
+    standard.version, proto.ir_version = _versions(plan, files)
+    _quantize(proto, model, plan, codes, files)
+    proto.metadata_props.extend(
+        onnx.StringStringEntryProto(key=key, value=value) for key, value in sorted(plan.provenance.items())
+    )
     _write(proto, path)
+
+
+def check_onnx(path: Path, model: nn.Module, examples: Sequence[Inputs], files: Files = _FILES) -> float:
+    """Prove that onnxruntime computes from a file what the model does.
+
+    Returns:
+        Largest absolute difference of an output, relative to the largest value of that output.
+
+    Raises:
+        ArtifactError: It does not run, or an output differs by more than `TOLERANCE`.
+    """
+    check_examples("onnx", examples)
+    with evaluation(model):
+        inputs, expected = calls(model, [to_device(model, example) for example in examples])
     return _compare(path, inputs, expected)
+
+
+def read_onnx(path: Path) -> Contents:
+    """Tell what a file holds: names and widths of its weights, dequantized (with BatchNorm, where it was folded in)."""
+    raise NotImplementedError
 
 
 def onnx_session(path: str | Path) -> Any:
@@ -108,22 +119,25 @@ def _codes(model: nn.Module, plan: CompressionPlan) -> dict[str, Tensor]:
     if plan.allocation is None:
         return {}
     parameters = dict(model.named_parameters())
-    missing = sorted(set(plan.allocation.bits) - set(parameters))
-    if missing:
-        raise ArtifactError(f"the plan quantizes {', '.join(missing)}, which {type(model).__name__} does not have")
     return {
         name: integer_codes(name, parameters[name], plan.scales[name], bits)
         for name, bits in sorted(plan.allocation.bits.items())
     }
 
 
-def _versions(plan: CompressionPlan) -> tuple[int, int]:
+def _versions(plan: CompressionPlan, files: Files) -> tuple[int, int]:
     """Opset and IR version: as old as the integer types allow, so that most runtimes take the file."""
     bits = plan.allocation.bits.values() if plan.allocation else ()
-    return INT2_VERSIONS if any(bool((storage_width(width) == 2).any()) for width in bits) else INT4_VERSIONS
+    return (
+        INT2_VERSIONS
+        if any(bool((storage_width(width, files.onnx_bits) == 2).any()) for width in bits)
+        else INT4_VERSIONS
+    )
 
 
-def _quantize(proto: ModelProto, model: nn.Module, plan: CompressionPlan, codes: Mapping[str, Tensor]) -> None:
+def _quantize(
+    proto: ModelProto, model: nn.Module, plan: CompressionPlan, codes: Mapping[str, Tensor], files: Files
+) -> None:
     """Give the graph its integer weights; a layer that evaluation does not use is left out, by name."""
     if plan.allocation is None:
         return
@@ -144,7 +158,8 @@ def _quantize(proto: ModelProto, model: nn.Module, plan: CompressionPlan, codes:
         )
     for name in sorted(set(codes) - set(unused), reverse=True):  # each puts its nodes in front
         dtype = inputs[name].type.tensor_type.elem_type
-        quantize_input(proto.graph, name, codes[name], plan.scales[name], plan.allocation[name], dtype)
+        storage = storage_width(plan.allocation[name].cpu(), files.onnx_bits)
+        quantize_input(proto.graph, name, codes[name], plan.scales[name], storage, dtype)
 
 
 def _write(proto: ModelProto, path: Path) -> None:
@@ -202,3 +217,17 @@ def _gap(ours: Tensor, theirs: Tensor) -> float:
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     gap = (ours - theirs).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))[~same]
     return float(gap.max()) if gap.numel() else 0.0
+
+
+register(
+    Format(
+        "onnx",
+        "model.onnx",
+        write=write_onnx,
+        check=check_onnx,
+        read=read_onnx,
+        needs=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+        traces=True,
+    )
+)

@@ -10,12 +10,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_xai_compress.errors import ArtifactError
+from lightning_xai_compress.formats.codes import pack_codes
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto
@@ -25,10 +23,8 @@ __all__ = [
     "INT4_VERSIONS",
     "clean",
     "holds_float",
-    "integer_codes",
     "quantize_input",
     "readers",
-    "storage_width",
 ]
 
 INT4_VERSIONS = (21, 10)
@@ -38,47 +34,7 @@ INT2_VERSIONS = (25, 13)
 """Opset and IR version that INT2 came with."""
 
 
-def storage_width(bits: Tensor) -> Tensor:
-    """Narrowest ONNX integer type that holds each width: 2 for 2, 4 for 3 and 4, 8 for 5 to 8."""
-    return torch.where(bits <= 2, 2, torch.where(bits <= 4, 4, 8))
-
-
-def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
-    """Recover the integer codes of a weight that lies on its grid.
-
-    Args:
-        name: Parameter name, for the error.
-        weight: Weight, one channel per index of the first dimension.
-        scale: Step of each channel, shape [channels], >= 0; codes of a channel of step 0 are 0.
-        bits: Width of each channel, shape [channels].
-
-    Returns:
-        int8 tensor in the shape of the weight, on the CPU.
-
-    Raises:
-        ArtifactError: Shapes do not fit, or a weight is not a code within +-(2^(bits-1) - 1) times its scale.
-    """
-    weight, scale, bits = weight.detach().cpu(), scale.detach().cpu().float(), bits.detach().cpu().long()
-    channels = weight.shape[0] if weight.dim() else 0
-    if scale.shape != (channels,) or bits.shape != (channels,):
-        raise ArtifactError(
-            f"{name} has {channels} output channels, but {tuple(scale.shape)} scales and {tuple(bits.shape)} bit widths"
-        )
-    step = scale.double().reshape(-1, *[1] * (weight.dim() - 1))
-    codes = torch.where(step > 0, (weight.double() / step.where(step > 0, 1.0)).round(), 0.0)
-    limit = (2 ** (bits - 1) - 1).double().reshape(step.shape)
-    off = ((codes * step).to(weight.dtype) != weight) | (codes.abs() > limit)
-    if off.any():
-        channel = int(off.flatten(1).any(dim=1).nonzero()[0])
-        raise ArtifactError(
-            f"{name} does not lie on its grid: {int(off.sum())} of {off.numel()} weights are off, the first in channel "
-            f"{channel} (scale {scale[channel].item():.6g}, {int(bits[channel])} bits). "
-            "The model must hold the quantized weights that the plan describes"
-        )
-    return codes.to(torch.int8)
-
-
-def quantize_input(graph: GraphProto, name: str, codes: Tensor, scale: Tensor, bits: Tensor, dtype: int) -> None:
+def quantize_input(graph: GraphProto, name: str, codes: Tensor, scale: Tensor, storage: Tensor, dtype: int) -> None:
     """Replace a graph input by integer initializers and the nodes that dequantize them, along axis 0.
 
     Rows of several storage types become one initializer a type; the graph puts them together and back into order.
@@ -88,20 +44,21 @@ def quantize_input(graph: GraphProto, name: str, codes: Tensor, scale: Tensor, b
         name: Name of the input: what its consumers read is afterwards the dequantized weight.
         codes: int8 tensor in the shape of the weight.
         scale: float32 scales, shape [channels].
-        bits: Widths, shape [channels].
+        storage: Integer type of each row, 2, 4 or 8, shape [channels].
         dtype: ONNX element type that the consumers expect.
     """
     from onnx import TensorProto, helper
 
     types = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
-    scale, storage = scale.detach().cpu().float(), storage_width(bits.detach().cpu())
+    scale = scale.detach().cpu().float()
     widths = sorted(set(storage.tolist()))
     rows = [torch.nonzero(storage == width).flatten() for width in widths]
     order = torch.cat(rows)
     nodes, parts = [], []
     for width, members in zip(widths, rows, strict=True):
         integers, scales, part = f"{name}.int{width}", f"{name}.int{width}.scale", f"{name}.int{width}.float"
-        graph.initializer.append(_tensor(integers, types[width], codes[members], _pack(codes[members], width)))
+        packed = pack_codes(codes[members], width).tobytes()
+        graph.initializer.append(_tensor(integers, types[width], codes[members], packed))
         graph.initializer.append(_tensor(scales, TensorProto.FLOAT, scale[members], scale[members].numpy().tobytes()))
         nodes.append(helper.make_node("DequantizeLinear", [integers, scales], [part], name=part, axis=0))
         parts.append(part)
@@ -216,14 +173,3 @@ def _tensor(name: str, data_type: Any, values: Tensor, raw: bytes) -> TensorProt
     from onnx import TensorProto
 
     return TensorProto(name=name, data_type=data_type, dims=list(values.shape), raw_data=raw)
-
-
-def _pack(codes: Tensor, width: int) -> bytes:
-    """Two's complement codes in bytes, several in one, the first in the lowest bits."""
-    per_byte = 8 // width
-    flat: npt.NDArray[np.uint8] = codes.numpy().reshape(-1).view(np.uint8) & np.uint8(2**width - 1)
-    flat = np.pad(flat, (0, -len(flat) % per_byte))
-    packed = np.zeros(len(flat) // per_byte, np.uint8)
-    for position in range(per_byte):
-        packed |= flat[position::per_byte] << np.uint8(position * width)
-    return packed.tobytes()

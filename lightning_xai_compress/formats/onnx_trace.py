@@ -1,101 +1,22 @@
-"""Tracing a model into an ONNX graph whose quantized weights are still inputs, the model being left as it was."""
+"""Tracing a model into an ONNX graph whose quantized weights are still inputs."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import io
-import logging
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.onnx_graph import clean
 from lightning_xai_compress.formats.registry import Inputs
-from lightning_xai_compress.layers import tensor_places
+from lightning_xai_compress.formats.tracing import batched_inputs, export_program, first_line, quiet
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["call", "evaluation", "named_inputs", "to_device", "trace"]
-
-_CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient and without fused attention kernels, which cannot be traced.
-
-    Afterwards every module has the attributes it had: training flags, and what torch.export or forward put in place.
-    """
-    before = {module: dict(vars(module)) for module in model.modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, attributes in before.items():
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
-
-
-def to_device(model: nn.Module, example: Inputs) -> Inputs:
-    """Move the tensors of an example to where the model is."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), _call_of(example))
-    return Inputs(args, kwargs)
-
-
-def call(model: nn.Module, example: Inputs) -> dict[str, Tensor]:
-    """Call the model; buffers that it writes to are copies.
-
-    Returns:
-        Its output tensors, named by their keys, fields or positions.
-
-    Raises:
-        ArtifactError: The model cannot be called so, or returns no tensor.
-    """
-    copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    buffers = {place: copies[name] for place, name in tensor_places(model).items() if name in copies}
-    try:
-        output = torch.func.functional_call(model, buffers, *_call_of(example), tie_weights=False)
-    except Exception as error:  # whatever the model's own code raises
-        raise ArtifactError(
-            f"{type(model).__name__} cannot be called with the example: {_first_line(error)}. "
-            "Give examples=[Inputs(args, kwargs)] that model(*args, **kwargs) takes"
-        ) from error
-    outputs = _named_outputs(output)
-    if not outputs:
-        raise ArtifactError(f"{type(model).__name__} returns no tensor, but {type(output).__name__}: nothing to export")
-    return {name: tensor.detach() for name, tensor in outputs.items()}
-
-
-def named_inputs(model: nn.Module, example: Inputs) -> dict[str, Tensor]:
-    """Tensors of a call under the names of the arguments of `forward`, in the order in which they are flattened."""
-    positional = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            positional += [f"{parameter.name}_{index}" for index in range(len(example.args))]
-        elif parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            positional.append(parameter.name)
-    named: dict[str, Tensor] = {}
-    for path, leaf in pytree.tree_flatten_with_path(_call_of(example))[0]:
-        if isinstance(leaf, Tensor):
-            # (0, i, ...) is in the i-th positional argument, (1, "x", ...) in the keyword argument x
-            which, first, *rest = (getattr(key, "idx", getattr(key, "key", getattr(key, "name", ""))) for key in path)
-            named["_".join(str(key) for key in (positional[int(first)] if which == 0 else first, *rest))] = leaf
-    return named
+__all__ = ["trace"]
 
 
 def trace(
@@ -120,27 +41,15 @@ def trace(
         opset: ONNX opset version.
 
     Raises:
-        ArtifactError: The model cannot be traced.
+        ArtifactError: The model cannot be traced, or an operation has no ONNX form.
     """
     first = inputs[0]
-    batch = next((tensor.shape[0] for tensor in first.values() if tensor.dim()), 0)
-    batched = [name for name, tensor in first.items() if tensor.dim() and tensor.shape[0] == batch]
-    # a traced size of 1 would count as a constant
-    twice = [torch.cat([tensor] * 2) if batch == 1 and name in batched else tensor for name, tensor in first.items()]
-    sizes: list[dict[int, Any]] = [{} for _ in weights]
-    sizes += [_dynamic_sizes(name, inputs, batched) for name in first]
-    parameters = dict(model.named_parameters())
     names = {f"weight::{index}": name for index, name in enumerate(weights)}
     names |= {f"input::{index}": f"{name}_input" if name in outputs else name for index, name in enumerate(first)}
     results = {f"output::{index}": name for index, name in enumerate(outputs)}
+    program = export_program(model, example, inputs, weights=weights)
     try:
-        with _quiet():
-            program = torch.export.export(
-                _Traced(model, weights, example),
-                (*(parameters[name].detach() for name in weights), *twice),
-                dynamic_shapes={"tensors": tuple(sizes)},
-                strict=False,
-            )
+        with quiet():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -151,92 +60,10 @@ def trace(
             )
         assert exported is not None
         proto = exported.model_proto
-    except Exception as error:  # torch.export lets through whatever the model's own code raises
-        labels = [*weights, *first]
-        reason = re.sub(r"L\['tensors'\]\[(\d+)\]", lambda match: labels[int(match.group(1))], _first_line(error))
+    except Exception as error:  # the exporter raises types of its own
         raise ArtifactError(
-            f"{type(model).__name__} could not be traced to ONNX: {reason}. Leave 'onnx' out of formats, "
-            "or define a forward that torch.export can trace: no branches on the values of tensors, no fixed batch size"
+            f"{type(model).__name__} could not be written as ONNX: {first_line(error)}. Leave 'onnx' out of formats"
         ) from error
     renamed = dict(zip(first, list(names.values())[len(weights) :], strict=True))
-    clean(proto, names | results, prefix="model.", batched=[renamed[name] for name in batched])
+    clean(proto, names | results, prefix="model.", batched=[renamed[name] for name in batched_inputs(first)])
     return proto
-
-
-class _Traced(nn.Module):
-    """The model as a function of a flat list of tensors: first the weights to quantize, then its inputs."""
-
-    def __init__(self, model: nn.Module, weights: Sequence[str], example: Inputs) -> None:
-        super().__init__()
-        self.model = model
-        self.weights = list(weights)
-        self.places_of = tensor_places(model)
-        leaves, self.structure = pytree.tree_flatten(_call_of(example))
-        self.places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(self.weights, tensors, strict=False))
-        weights = {place: given[name] for place, name in self.places_of.items() if name in given}
-        leaves: list[Any] = list(self.constants)
-        for index, tensor in zip(self.places, tensors[len(given) :], strict=True):
-            leaves[index] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        output = torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=False)
-        return tuple(_named_outputs(output).values())
-
-
-def _call_of(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tuple(example.args), dict(example.kwargs or {})
-
-
-def _dynamic_sizes(name: str, inputs: Sequence[Mapping[str, Tensor]], batched: Sequence[str]) -> dict[int, Any]:
-    """Say which dimensions of an input are dynamic: the batch, and those in which the examples differ."""
-    tensors = [entry[name] for entry in inputs if entry[name].dim() == inputs[0][name].dim()]
-    sizes = [set(column) for column in zip(*(tensor.shape for tensor in tensors), strict=True)]
-    dynamic: dict[int, Any] = {index: torch.export.Dim.DYNAMIC for index, column in enumerate(sizes) if len(column) > 1}
-    if name in batched:
-        # a mask of [tokens, tokens] may have the size of the batch by chance, so only the first input is held to it
-        dynamic.setdefault(0, torch.export.Dim.DYNAMIC if name == batched[0] else torch.export.Dim.AUTO)
-    return dynamic
-
-
-def _named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
-    """Tensors of an output, named by their keys, fields or positions; what is no tensor is left out."""
-    if isinstance(output, Tensor):
-        return {name or "output": output}
-    items: list[tuple[Any, Any]] = []
-    if isinstance(output, Mapping):
-        items = list(output.items())
-    elif isinstance(output, tuple) and hasattr(output, "_fields"):
-        items = list(zip(output._fields, output, strict=True))
-    elif isinstance(output, (tuple, list)):
-        items = list(enumerate(output))
-        name = name or "output"
-    elif dataclasses.is_dataclass(output):
-        items = [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
-    named: dict[str, Tensor] = {}
-    for key, value in items:
-        named |= _named_outputs(value, f"{name}_{key}" if name else str(key))
-    return named
-
-
-def _first_line(error: Exception) -> str:
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # the exporter paints its messages
-    text = next((line.strip() for line in plain.splitlines() if line.strip()), "no reason given")
-    return f"{type(error).__name__}: {text.rstrip('.')}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what the exporter says to its own developers."""
-    levels = {name: logging.getLogger(name).level for name in _CHATTY}
-    try:
-        for name in _CHATTY:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

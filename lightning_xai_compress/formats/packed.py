@@ -42,10 +42,19 @@ from lightning_xai_compress.formats.layout import (
     sharing,
 )
 from lightning_xai_compress.formats.load import load_compressed
-from lightning_xai_compress.formats.registry import Inputs, register
+from lightning_xai_compress.formats.registry import Contents, Files, Format, Inputs, check_plan, register
 from lightning_xai_compress.plan import CompressionPlan
 
-__all__ = ["VERSION", "PackedSize", "load_compressed", "pack", "packed_size", "write_packed"]
+__all__ = [
+    "VERSION",
+    "PackedSize",
+    "check_packed",
+    "load_compressed",
+    "pack",
+    "packed_size",
+    "read_packed",
+    "write_packed",
+]
 
 
 @dataclass(frozen=True)
@@ -69,28 +78,43 @@ class PackedSize:
     layers: Mapping[str, int]
 
 
-@register("safetensors", filename="model.safetensors")
-def write_packed(model: nn.Module, plan: CompressionPlan, path: Path, examples: Sequence[Inputs]) -> float:
-    """Write a model as one packed file, and read it back.
+def write_packed(
+    model: nn.Module, plan: CompressionPlan, path: Path, examples: Sequence[Inputs] = (), files: Files | None = None
+) -> None:
+    """Write a model as one packed file.
 
     Args:
         model: Its parameters hold the masked, quantized values that `plan` describes.
         plan: What was decided.
         path: The file.
         examples: Not used.
-
-    Returns:
-        The largest absolute difference over all tensors of the state dict: 0.0.
+        files: Not used.
 
     Raises:
-        ArtifactError: Model and plan do not fit each other, or the file does not give the model back exactly.
+        ArtifactError: Model and plan do not fit each other.
     """
-    Path(path).write_bytes(pack(model, plan))
+    path.write_bytes(pack(model, plan))
+
+
+def check_packed(path: Path, model: nn.Module, examples: Sequence[Inputs] = (), files: Files | None = None) -> float:
+    """Prove that a file gives all tensors of the state dict back.
+
+    Returns:
+        The largest absolute difference: 0.0.
+
+    Raises:
+        ArtifactError: It does not.
+    """
     state, loaded = model.state_dict(), load_compressed(path)
     wrong = [name for name in {**state, **loaded} if not same(state.get(name), loaded.get(name))]
     if wrong:
         raise ArtifactError(f"{path} does not give these tensors back exactly: {few(wrong)}; please report this")
     return 0.0
+
+
+def read_packed(path: Path) -> Contents:
+    """Tell what a file holds."""
+    raise NotImplementedError
 
 
 def pack(model: nn.Module, plan: CompressionPlan) -> bytes:
@@ -162,9 +186,7 @@ def _split(model: nn.Module, plan: CompressionPlan) -> tuple[list[Entry], dict[s
     """List the keys of the state dict, the tensors that are stored (tied ones once), and what goes into the stream."""
     state = model.state_dict()
     quantized = plan.allocation.bits if plan.allocation else {}
-    missing = sorted({*quantized, *plan.mask.keep} - state.keys())
-    if missing:
-        raise ArtifactError(f"the plan names what the model lacks: {few(missing)}; save the model that the plan is of")
+    check_plan(model, plan)
     entries: list[Entry] = []
     tensors: dict[str, Tensor] = {}
     blocks: list[entropy.Block] = []
@@ -249,3 +271,6 @@ def _dense(name: str, tensor: object) -> Tensor:
             "convert it before saving"
         )
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
+register(Format("safetensors", "model.safetensors", write=write_packed, check=check_packed, read=read_packed))

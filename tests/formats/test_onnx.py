@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats import onnx as onnx_format
-from lightning_xai_compress.formats.onnx import TOLERANCE, onnx_session, write_onnx
+from lightning_xai_compress.formats.onnx import TOLERANCE, check_onnx, onnx_session, write_onnx
 from lightning_xai_compress.formats.registry import FORMATS, Inputs
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask
 
@@ -44,6 +44,11 @@ def quantize(model, *, widths, float_layers=()):
         keep[name] = torch.ones_like(weight, dtype=torch.bool)
         sizes[name] = weight[0].numel()
     return CompressionPlan(Mask(keep), BitAllocation(bits, sizes), scales)
+
+
+def export(model, plan, path, examples):
+    write_onnx(model, plan, path, examples)
+    return check_onnx(path, model, examples)
 
 
 def plain_output(path, *tensors):
@@ -148,7 +153,7 @@ def test_the_file_holds_the_weights_and_gives_the_outputs_of_the_model(tmp_path,
     plan = quantize(model, widths=(2, 3, 4, 6, 8))
     path = tmp_path / "model.onnx"
 
-    difference = write_onnx(model, plan, path, [Inputs(tensors)])
+    difference = export(model, plan, path, [Inputs(tensors)])
 
     assert 0 <= difference < 2e-6
     decoded = decode(path)
@@ -166,7 +171,7 @@ def test_padding_masks_are_exported(tmp_path):
     padding = torch.tensor([[False, False, True], [False, False, False]])
     example = Inputs((torch.randn(2, 3, 8),), {"src_key_padding_mask": padding})
 
-    assert write_onnx(model, quantize(model, widths=(2, 8)), tmp_path / "m.onnx", [example]) < 2e-6
+    assert export(model, quantize(model, widths=(2, 8)), tmp_path / "m.onnx", [example]) < 2e-6
 
 
 @pytest.mark.parametrize("width", STORED)
@@ -174,7 +179,7 @@ def test_each_width_has_its_storage_type(tmp_path, width):
     model = nn.Sequential(nn.Linear(7, 5))  # 7 and 5: rows that do not fill their bytes
     path = tmp_path / "model.onnx"
 
-    write_onnx(model, quantize(model, widths=(width,)), path, [Inputs((torch.randn(2, 7),))])
+    export(model, quantize(model, widths=(width,)), path, [Inputs((torch.randn(2, 7),))])
 
     assert storage(path) == {"0.weight": {STORED[width]: 5}}
     assert operators(path) == ["DequantizeLinear", "Gemm"]
@@ -189,7 +194,7 @@ def test_mixed_widths_are_split_by_type_and_put_back_into_order(tmp_path):
     plan.allocation.bits["0.weight"].copy_(torch.tensor([8, 2, 5, 3]))  # wider is still on the grid
     path = tmp_path / "model.onnx"
 
-    write_onnx(model, plan, path, [Inputs((torch.randn(2, 2, 5, 5),))])
+    export(model, plan, path, [Inputs((torch.randn(2, 2, 5, 5),))])
 
     assert storage(path) == {"0.weight": {2: 1, 4: 1, 8: 2}}
     assert operators(path) == [*["DequantizeLinear"] * 3, "Concat", "Gather", "Conv"]
@@ -202,7 +207,7 @@ def test_rows_that_are_in_order_already_are_not_gathered(tmp_path):
     plan.allocation.bits["0.weight"].copy_(torch.tensor([2, 4, 8]))
     path = tmp_path / "model.onnx"
 
-    write_onnx(model, plan, path, [Inputs((torch.randn(2, 2, 5, 5),))])
+    export(model, plan, path, [Inputs((torch.randn(2, 2, 5, 5),))])
 
     assert operators(path) == [*["DequantizeLinear"] * 3, "Concat", "Conv"]
 
@@ -212,7 +217,7 @@ def test_matrix_products_are_exact_under_default_options(tmp_path):
     tokens = torch.randn(2, 20, 256)
     path = tmp_path / "model.onnx"
 
-    write_onnx(model, quantize(model, widths=(8,)), path, [Inputs((tokens,))])
+    export(model, quantize(model, widths=(8,)), path, [Inputs((tokens,))])
 
     expected = model(tokens).detach().numpy()
     np.testing.assert_allclose(plain_output(path, tokens), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -225,7 +230,7 @@ def test_dead_channels_are_zero_codes(tmp_path):
     plan = quantize(model, widths=(4,))
     path = tmp_path / "model.onnx"
 
-    write_onnx(model, plan, path, [Inputs((torch.randn(2, 6),))])
+    export(model, plan, path, [Inputs((torch.randn(2, 6),))])
 
     assert plan.scales["0.weight"][1] == 0
     np.testing.assert_array_equal(decode(path)["0.weight"], model[0].weight.detach().numpy())
@@ -235,7 +240,7 @@ def test_layers_without_an_allocation_stay_float(tmp_path):
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
     path = tmp_path / "model.onnx"
 
-    write_onnx(model, quantize(model, widths=(4,), float_layers=["2.weight"]), path, [Inputs((torch.randn(2, 6),))])
+    export(model, quantize(model, widths=(4,), float_layers=["2.weight"]), path, [Inputs((torch.randn(2, 6),))])
 
     assert storage(path) == {"0.weight": {4: 5}}
     floats = {entry.name for entry in onnx.load(path).graph.initializer if entry.data_type == onnx.TensorProto.FLOAT}
@@ -246,7 +251,7 @@ def test_a_plan_without_quantization_gives_a_float_file(tmp_path):
     model = cnn()
     mask = Mask({"0.weight": torch.ones_like(model[0].weight, dtype=torch.bool)})
 
-    difference = write_onnx(model, CompressionPlan(mask), tmp_path / "m.onnx", [Inputs((torch.randn(2, 3, 8, 8),))])
+    difference = export(model, CompressionPlan(mask), tmp_path / "m.onnx", [Inputs((torch.randn(2, 3, 8, 8),))])
 
     assert difference < 2e-6
     assert storage(tmp_path / "m.onnx") == {}
@@ -258,7 +263,7 @@ def test_the_batch_is_dynamic(tmp_path, network, traced):
     model = build()
     shape = tensors[0].shape[1:]
     path = tmp_path / "model.onnx"
-    write_onnx(model, quantize(model, widths=(2, 8)), path, [Inputs((torch.randn(traced, *shape),))])
+    export(model, quantize(model, widths=(2, 8)), path, [Inputs((torch.randn(traced, *shape),))])
     session = onnx_session(path)
     model.eval()
 
@@ -274,7 +279,7 @@ def test_sizes_in_which_the_examples_differ_are_dynamic(tmp_path):
     model = nn.Sequential(nn.Linear(6, 4))
     examples = [Inputs((torch.randn(2, 5, 6),)), Inputs((torch.randn(1, 3, 6),))]
 
-    write_onnx(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", examples)
+    export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", examples)
 
     assert onnx_session(tmp_path / "m.onnx").get_inputs()[0].shape == ["batch", "dim_1", 6]
 
@@ -305,7 +310,7 @@ def test_all_inputs_and_outputs_are_named_and_compared(tmp_path):
     plan = quantize(model, widths=(4,))
     kwargs = {"more": {"a": torch.randn(1)}, "mask": torch.ones(2, 3), "scale": 2.0}
 
-    assert write_onnx(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 3, 4),), kwargs)]) < 2e-6
+    assert export(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 3, 4),), kwargs)]) < 2e-6
 
     session = onnx_session(tmp_path / "m.onnx")
     assert {entry.name for entry in session.get_inputs()} == {"x_input", "mask", "more_a"}
@@ -323,7 +328,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     before = [(name, id(tensor), tensor.clone(), tensor.requires_grad, tensor.grad) for name, tensor in tensors]
     fused = torch.backends.mha.get_fastpath_enabled()
 
-    write_onnx(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 3, 4), torch.ones(2, 3)))])
+    export(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 3, 4), torch.ones(2, 3)))])
 
     after = [*model.named_parameters(), *model.named_buffers()]
     for (name, identity, value, requires_grad, grad), (name_after, tensor) in zip(before, after, strict=True):
@@ -357,7 +362,7 @@ class Export(lightning.Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         plan = quantize(pl_module, widths=(2, 4))
-        self.differences.append(write_onnx(pl_module, plan, self.path, [Inputs((torch.randn(1, 4),))]))
+        self.differences.append(export(pl_module, plan, self.path, [Inputs((torch.randn(1, 4),))]))
         assert pl_module.training
 
 
@@ -381,7 +386,7 @@ def test_without_examples_the_error_asks_for_one(tmp_path):
     model = cnn()
 
     with pytest.raises(ArtifactError, match=r"traces the model with an example.*pass examples=\[Inputs\(\(x,\)\)\]"):
-        write_onnx(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [])
+        export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [])
 
 
 class OnData(nn.Module):
@@ -398,12 +403,10 @@ def test_a_model_that_branches_on_data_is_refused_with_the_reason(tmp_path, capf
     plan = quantize(model, widths=(4,))
 
     with pytest.raises(ArtifactError) as caught:
-        write_onnx(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
+        export(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
 
-    assert str(caught.value).startswith(
-        "OnData could not be traced to ONNX: GuardOnDataDependentSymNode: Could not guard"
-    )
-    assert "Leave 'onnx' out of formats, or define a forward that torch.export can trace" in str(caught.value)
+    assert str(caught.value).startswith("OnData could not be traced: GuardOnDataDependentSymNode: Could not guard")
+    assert "Leave formats that trace (onnx, pt2) out, or define a forward that torch.export can trace" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert model.training
     assert capfd.readouterr() == ("", "")
@@ -418,7 +421,7 @@ def test_a_fixed_batch_is_refused_by_the_name_of_the_input(tmp_path):
     model = FixedBatch()
 
     with pytest.raises(ArtifactError, match=r"Constraints violated \(x\.size\(\)\[0\]\).*no fixed batch size"):
-        write_onnx(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(3, 4),))])
+        export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(3, 4),))])
 
 
 def test_an_example_that_the_model_does_not_take_is_refused(tmp_path):
@@ -427,7 +430,7 @@ def test_an_example_that_the_model_does_not_take_is_refused(tmp_path):
     with pytest.raises(
         ArtifactError, match="Sequential cannot be called with the example: RuntimeError: mat1 and mat2"
     ):
-        write_onnx(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 5),))])
+        export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 5),))])
 
 
 def test_a_weight_off_its_grid_is_refused_by_name(tmp_path):
@@ -439,7 +442,7 @@ def test_a_weight_off_its_grid_is_refused_by_name(tmp_path):
     with pytest.raises(
         ArtifactError, match=r"6\.weight does not lie on its grid: 1 of 96 .* channel 3 \(scale .*4 bits"
     ):
-        write_onnx(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 3, 8, 8),))])
+        export(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 3, 8, 8),))])
     assert not (tmp_path / "m.onnx").exists()
 
 
@@ -449,7 +452,7 @@ def test_a_code_beyond_its_width_is_refused(tmp_path):
     plan.allocation.bits["0.weight"].fill_(3)
 
     with pytest.raises(ArtifactError, match=r"0\.weight does not lie on its grid"):
-        write_onnx(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
+        export(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
 
 
 def test_scales_of_another_shape_are_refused(tmp_path):
@@ -457,14 +460,14 @@ def test_scales_of_another_shape_are_refused(tmp_path):
     plan = quantize(nn.Sequential(nn.Linear(4, 3)), widths=(4,))
 
     with pytest.raises(ArtifactError, match=r"0\.weight has 2 output channels, but \(3,\) scales"):
-        write_onnx(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
+        export(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path):
     plan = quantize(nn.Sequential(nn.Linear(4, 3)), widths=(4,))
 
-    with pytest.raises(ArtifactError, match=r"the plan quantizes 0\.weight, which Linear does not have"):
-        write_onnx(nn.Linear(4, 3), plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
+    with pytest.raises(ArtifactError, match=r"the plan names what Linear lacks: 0\.weight"):
+        export(nn.Linear(4, 3), plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
 
 
 class SecondReference(nn.Module):
@@ -481,7 +484,7 @@ def test_a_weight_that_stays_float_in_the_graph_is_refused_by_name(tmp_path):
     model = SecondReference()
 
     with pytest.raises(ArtifactError, match=r"fc\.weight is in the graph, but not as the parameter of its layer"):
-        write_onnx(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
+        export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
 
 
 class Auxiliary(OnData):
@@ -497,7 +500,7 @@ def test_a_layer_that_only_training_uses_is_left_out_with_a_warning(tmp_path):
     model = Auxiliary()
 
     with pytest.warns(UserWarning, match=r"not in the ONNX file, since Auxiliary does not use .*: aux\.weight"):
-        write_onnx(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
+        export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
 
     assert storage(tmp_path / "m.onnx") == {"fc.weight": {4: 2}}
 
@@ -516,7 +519,7 @@ def test_a_difference_beyond_the_tolerance_is_refused_with_the_numbers(tmp_path,
     with pytest.raises(
         ArtifactError, match=r"output: the ONNX file differs from the model by 0\.5, which is .*0\.0001"
     ):
-        write_onnx(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
+        export(model, plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
 
 
 def test_a_file_beyond_the_limit_is_refused(tmp_path, monkeypatch):
@@ -524,7 +527,7 @@ def test_a_file_beyond_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_format, "_LARGEST_FILE", 100)
 
     with pytest.raises(ArtifactError, match="a single file holds 2: leave 'onnx' out of formats"):
-        write_onnx(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
+        export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
 
 
 def test_the_file_says_nothing_about_the_machine_and_comes_out_the_same_twice(tmp_path):
@@ -532,7 +535,7 @@ def test_the_file_says_nothing_about_the_machine_and_comes_out_the_same_twice(tm
     plan = quantize(model, widths=(2, 4))
     contents = []
     for name in ("first.onnx", "second.onnx"):
-        write_onnx(model, plan, tmp_path / name, [Inputs((torch.randn(2, 5, 8),))])
+        export(model, plan, tmp_path / name, [Inputs((torch.randn(2, 5, 8),))])
         contents.append((tmp_path / name).read_bytes())
 
     assert contents[0] == contents[1]
@@ -548,7 +551,7 @@ def test_the_file_is_as_large_as_its_packed_bits(tmp_path):
     plan = quantize(model, widths=(2, 3, 4, 6, 8))
     path = tmp_path / "model.onnx"
 
-    write_onnx(model, plan, path, [Inputs((torch.randn(1, 3, 9, 9),))])
+    export(model, plan, path, [Inputs((torch.randn(1, 3, 9, 9),))])
 
     rows = {name: [STORED[width] for width in bits.tolist()] for name, bits in plan.allocation.bits.items()}
     packed = sum(sum(widths) * plan.allocation.channel_size[name] for name, widths in rows.items()) / 8

@@ -1,0 +1,78 @@
+"""Integer codes of quantized weights: recovered from the model, and packed into bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_xai_compress.errors import ArtifactError
+
+__all__ = ["integer_codes", "pack_codes", "storage_width"]
+
+
+def storage_width(bits: Tensor, allowed: Sequence[int] = (2, 4, 8)) -> Tensor:
+    """Narrowest of the allowed integer types that holds each width.
+
+    Raises:
+        ArtifactError: None holds the widest.
+    """
+    widest = int(bits.max()) if bits.numel() else 0
+    if widest > max(allowed):
+        raise ArtifactError(
+            f"a weight has {widest} bits, but onnx_bits={tuple(allowed)} allows at most {max(allowed)}: "
+            "allow 8, or give MixedPrecision smaller bits"
+        )
+    storage = torch.full_like(bits, max(allowed), dtype=torch.int64)
+    for width in sorted(allowed, reverse=True):
+        storage[bits <= width] = width
+    return storage
+
+
+def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
+    """Recover the integer codes of a weight that lies on its grid.
+
+    Args:
+        name: Parameter name, for the error.
+        weight: Weight, one channel per index of the first dimension.
+        scale: Step of each channel, shape [channels], >= 0; codes of a channel of step 0 are 0.
+        bits: Width of each channel, shape [channels].
+
+    Returns:
+        int8 tensor in the shape of the weight, on the CPU.
+
+    Raises:
+        ArtifactError: Shapes do not fit, or a weight is not a code within +-(2^(bits-1) - 1) times its scale.
+    """
+    weight, scale, bits = weight.detach().cpu(), scale.detach().cpu().float(), bits.detach().cpu().long()
+    channels = weight.shape[0] if weight.dim() else 0
+    if scale.shape != (channels,) or bits.shape != (channels,):
+        raise ArtifactError(
+            f"{name} has {channels} output channels, but {tuple(scale.shape)} scales and {tuple(bits.shape)} bit widths"
+        )
+    step = scale.double().reshape(-1, *[1] * (weight.dim() - 1))
+    codes = torch.where(step > 0, (weight.double() / step.where(step > 0, 1.0)).round(), 0.0)
+    limit = (2 ** (bits - 1) - 1).double().reshape(step.shape)
+    off = ((codes * step).to(weight.dtype) != weight) | (codes.abs() > limit)
+    if off.any():
+        channel = int(off.flatten(1).any(dim=1).nonzero()[0])
+        raise ArtifactError(
+            f"{name} does not lie on its grid: {int(off.sum())} of {off.numel()} weights are off, the first in channel "
+            f"{channel} (scale {scale[channel].item():.6g}, {int(bits[channel])} bits). "
+            "The model must hold the quantized weights that the plan describes"
+        )
+    return codes.to(torch.int8)
+
+
+def pack_codes(codes: Tensor, width: int) -> NDArray[np.uint8]:
+    """Two's complement codes in bytes, several in one, the first in the lowest bits."""
+    per_byte = 8 // width
+    flat: NDArray[np.uint8] = codes.numpy().reshape(-1).view(np.uint8) & np.uint8(2**width - 1)
+    flat = np.pad(flat, (0, -len(flat) % per_byte))
+    packed = np.zeros(len(flat) // per_byte, np.uint8)
+    for position in range(per_byte):
+        packed |= flat[position::per_byte] << np.uint8(position * width)
+    return packed
