@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_xai_compress.errors import ArtifactError
 
-__all__ = ["integer_codes", "pack_codes", "storage_width"]
+__all__ = ["integer_codes", "pack_codes", "storage_width", "unpack_codes"]
 
 
 def storage_width(bits: Tensor, allowed: Sequence[int] = (2, 4, 8)) -> Tensor:
@@ -76,3 +76,11 @@ def pack_codes(codes: Tensor, width: int) -> NDArray[np.uint8]:
     for position in range(per_byte):
         packed |= flat[position::per_byte] << np.uint8(position * width)
     return packed
+
+
+def unpack_codes(data: bytes, width: int, count: int) -> NDArray[np.int8]:
+    """Undo `pack_codes`: the first `count` codes, int8 of shape [count]."""
+    octets = np.frombuffer(data, np.uint8)
+    fields = np.stack([octets >> np.uint8(shift) for shift in range(0, 8, width)], 1).reshape(-1)[:count]
+    spare = np.uint8(8 - width)
+    return (fields << spare).view(np.int8) >> spare.view(np.int8)
