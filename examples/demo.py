@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from lightning_xai_compress import XAICompression
-from lightning_xai_compress.report import table
+from lightning_xai_compress.tables import table
 
 from data import DigitsData
 from models import DigitsNet

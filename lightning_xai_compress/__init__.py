@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         CompressedExport,
         MixedPrecision,
         Pruning,
+        Quantization,
         RelevancePruning,
         RelevanceScoring,
         Scoring,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     )
     from lightning_xai_compress.criteria import score
     from lightning_xai_compress.errors import ArtifactError, CompressionError, LatentCopyError, RelevanceError
-    from lightning_xai_compress.formats import load_compressed, save
+    from lightning_xai_compress.formats import Files, Inputs, load_compressed, save
     from lightning_xai_compress.plan import BitAllocation, CompressionPlan, HeatMaps, Mask, ScoreMap
     from lightning_xai_compress.pruning import select_mask
     from lightning_xai_compress.quantization import allocate_bits
@@ -32,11 +33,14 @@ __all__ = [
     "CompressedExport",
     "CompressionError",
     "CompressionPlan",
+    "Files",
     "HeatMaps",
+    "Inputs",
     "LatentCopyError",
     "Mask",
     "MixedPrecision",
     "Pruning",
+    "Quantization",
     "RelevanceError",
     "RelevancePruning",
     "RelevanceScoring",
@@ -59,6 +63,7 @@ _ROOMS = {
         "CompressedExport",
         "MixedPrecision",
         "Pruning",
+        "Quantization",
         "RelevancePruning",
         "RelevanceScoring",
         "Scoring",
@@ -66,7 +71,7 @@ _ROOMS = {
     ),
     "criteria": ("score",),
     "errors": ("ArtifactError", "CompressionError", "LatentCopyError", "RelevanceError"),
-    "formats": ("load_compressed", "save"),
+    "formats": ("Files", "Inputs", "load_compressed", "save"),
     "plan": ("BitAllocation", "CompressionPlan", "HeatMaps", "Mask", "ScoreMap"),
     "pruning": ("select_mask",),
     "quantization": ("allocate_bits",),

@@ -14,10 +14,12 @@ from lightning_xai_compress.plan import Skipped
 
 __all__ = ["COMPRESSIBLE_TYPES", "Layers", "find_layers", "find_scorable", "tensor_places"]
 
-COMPRESSIBLE_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+COMPRESSIBLE_TYPES = (
+    *(nn.Linear, nn.Embedding),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_SCORABLE_TYPES = (*COMPRESSIBLE_TYPES, *_TRANSPOSED, nn.Embedding)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -35,7 +37,10 @@ class Layers:
 
 
 def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
-    """Find the weights of Linear and Conv1d/2d/3d layers.
+    """Find the weights of Linear, Embedding, convolutions (transposed, too) and attention's input projections.
+
+    "Channels" are the rows of a weight, along its first axis: output channels, tokens of an embedding, and input
+    channels of a transposed convolution.
 
     Args:
         model: Any module.
@@ -57,10 +62,10 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
         if reason is None:
             continue
         label = layer or type(module).__name__
-        parameter = module._parameters.get("weight")
-        name = first_name[id(parameter)] if parameter is not None else f"{layer}.weight".lstrip(".")
+        weights = [each for each in map(module._parameters.get, _weight_keys(module)) if each is not None]
+        own = [first_name[id(each)] for each in weights] or [f"{layer}.weight".lstrip(".")]
         members = [each for each in module._parameters.values() if each is not None]
-        hits = {pattern for pattern in exclude if fnmatchcase(layer, pattern) or fnmatchcase(name, pattern)}
+        hits = {pattern for pattern in exclude if any(fnmatchcase(name, pattern) for name in (layer, *own))}
         matched |= hits
         if hits:
             reasons.setdefault(label, f"excluded by {sorted(hits)[0]!r}")
@@ -69,7 +74,7 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
             reasons.setdefault(label, reason)
             left_alone.update(map(id, members))
         else:
-            names.add(name)
+            names.update(own)
     unmatched = [pattern for pattern in exclude if pattern not in matched]
     if unmatched:
         candidates = ", ".join(sorted(names)[:8])
@@ -82,7 +87,8 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
     if not names:
         left_out = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no such layers"
         raise CompressionError(
-            f"{type(model).__name__} has nothing to compress: expected at least one Linear or Conv1d/2d/3d layer "
+            f"{type(model).__name__} has nothing to compress: expected at least one Linear, convolution, Embedding "
+            f"or attention layer "
             f"({left_out})"
         )
     return Layers(tuple(sorted(names)), tuple(Skipped(name, reason) for name, reason in sorted(reasons.items())))
@@ -91,8 +97,8 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
 def find_scorable(model: nn.Module) -> Layers:
     """Find the weights whose relevance can be asked for, a superset of the compressible ones.
 
-    Those of Linear, convolutions (transposed, too) and Embedding, the input projections of `nn.MultiheadAttention`, and
-    weights masked by `torch.nn.utils.prune` under their name `..._orig`. `skipped` names the layers that have others.
+    Those of `find_layers`, of embeddings that cannot be compressed, and weights masked by `torch.nn.utils.prune` under
+    their name `..._orig`. `skipped` names the layers that have others.
 
     Raises:
         TypeError: No module.
@@ -112,7 +118,7 @@ def find_scorable(model: nn.Module) -> Layers:
             reasons[layer or type(module).__name__] = "lazy, or not real floating point: not scored"
         elif isinstance(module, _RECURRENT):
             reasons[layer or type(module).__name__] = "recurrent layer: not scored"
-        elif isinstance(module, _SCORABLE_TYPES):
+        elif isinstance(module, COMPRESSIBLE_TYPES):
             reasons[layer or type(module).__name__] = "its weight is parametrized: not scored"
         elif any(each is not None and each.dim() >= 2 for each in module._parameters.values()):
             reasons[layer or type(module).__name__] = f"{type(module).__name__} holds weights of its own: not scored"
@@ -127,7 +133,7 @@ def _check_module(model: object) -> None:
 def _weight_keys(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.MultiheadAttention):
         return _ATTENTION_WEIGHTS
-    return ("weight", "weight_orig") if isinstance(module, _SCORABLE_TYPES) else ()
+    return ("weight", "weight_orig") if isinstance(module, COMPRESSIBLE_TYPES) else ()
 
 
 def _is_usable(weight: torch.Tensor) -> bool:
@@ -155,16 +161,15 @@ def _why_not(module: nn.Module) -> str | None:
     """Say "" for a compressible layer, a reason for one with weights that is not, None for what has no weights."""
     if isinstance(module, _RECURRENT):
         return "recurrent layer: neither scored nor quantized"
-    if isinstance(module, _TRANSPOSED):
-        return "transposed convolution: neither scored nor quantized"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding: neither scored nor quantized"
-    if isinstance(module, nn.MultiheadAttention):
-        return "attention input projection: neither scored nor quantized"
-    if not isinstance(module, COMPRESSIBLE_TYPES):
+    if isinstance(module, nn.Embedding) and module.sparse:
+        return "embedding with sparse gradients: not compressed"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "embedding with max_norm, which writes to its weight in forward: not compressed"
+    if not isinstance(module, (*COMPRESSIBLE_TYPES, nn.MultiheadAttention)):
         own = [parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() >= 2]
-        return f"{type(module).__name__} holds weights but is no Linear or Conv1d/2d/3d" if own else None
-    parameter = module._parameters.get("weight")
+        return f"{type(module).__name__} holds weights of its own: neither scored nor quantized" if own else None
+    found = [module._parameters.get(key) for key in _weight_keys(module) if key != "weight_orig"]
+    parameter = next((each for each in found if each is not None), None)
     if parameter is None:
         return (
             "its weight is parametrized or masked by torch.nn.utils: make that permanent first "

@@ -35,10 +35,10 @@ def test_linear_and_convolutions_are_found_by_parameter_name():
     [
         (nn.GRU(2, 2), "recurrent layer"),
         (nn.LSTMCell(2, 2), "recurrent layer"),
-        (nn.ConvTranspose2d(2, 2, 2), "transposed convolution"),
-        (nn.Embedding(4, 2), "embedding"),
-        (nn.MultiheadAttention(2, 1), "attention input projection"),
-        (nn.Bilinear(2, 2, 2), "Bilinear holds weights but is no Linear or Conv1d/2d/3d"),
+        (nn.Embedding(4, 2, sparse=True), "embedding with sparse gradients"),
+        (nn.Embedding(4, 2, max_norm=1.0), "embedding with max_norm"),
+        (nn.EmbeddingBag(4, 2), "EmbeddingBag holds weights of its own"),
+        (nn.Bilinear(2, 2, 2), "Bilinear holds weights of its own"),
         (nn.LazyLinear(3), "lazy layer"),
         (prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5), "masked by torch.nn.utils"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "parametrized"),
@@ -60,11 +60,42 @@ def test_a_tied_weight_is_left_alone_under_all_of_its_names(pattern):
     assert layers.names == ("head.weight",)
 
 
-def test_a_weight_tied_to_an_embedding_is_left_alone():
-    layers = find_layers(Tied(nn.Embedding(4, 4)))
+def test_a_weight_tied_to_an_embedding_is_found_once():
+    assert find_layers(Tied(nn.Embedding(4, 4))).names == ("enc.weight", "head.weight")
+
+
+def test_a_weight_tied_to_an_embedding_that_is_left_alone_is_left_alone():
+    layers = find_layers(Tied(nn.Embedding(4, 4, sparse=True)))
 
     assert layers.names == ("head.weight",)
-    assert "embedding" in reasons(layers)["enc"]
+    assert "sparse" in reasons(layers)["enc"]
+
+
+def test_embeddings_transposed_convolutions_and_attention_are_found():
+    model = nn.ModuleDict(
+        {
+            "up": nn.ConvTranspose1d(1, 1, 1), "embed": nn.Embedding(3, 2), "attention": nn.MultiheadAttention(4, 2),
+            "separate": nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+        }
+    )  # fmt: skip
+
+    layers = find_layers(model)
+
+    assert layers.names == (
+        "attention.in_proj_weight", "attention.out_proj.weight", "embed.weight", "separate.k_proj_weight",
+        "separate.out_proj.weight", "separate.q_proj_weight", "separate.v_proj_weight", "up.weight",
+    )  # fmt: skip
+    assert layers.skipped == ()
+
+
+@pytest.mark.parametrize("pattern", ["attention", "attention.in_proj_weight"])
+def test_attention_is_excluded_by_its_name_or_that_of_its_weight(pattern):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(2, 2)})
+
+    layers = find_layers(model, exclude=[pattern])
+
+    assert layers.names == ("attention.out_proj.weight", "head.weight")
+    assert reasons(layers) == {"attention": f"excluded by {pattern!r}"}
 
 
 def test_nothing_left_is_an_error_that_says_why():

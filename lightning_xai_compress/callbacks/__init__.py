@@ -2,7 +2,7 @@
 
 from lightning_xai_compress.callbacks.compress import XAICompression
 from lightning_xai_compress.callbacks.export import CompressedExport
-from lightning_xai_compress.callbacks.precision import MixedPrecision
+from lightning_xai_compress.callbacks.precision import MixedPrecision, Quantization
 from lightning_xai_compress.callbacks.pruning import Pruning, RelevancePruning
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.stage import Scoring
@@ -11,6 +11,7 @@ __all__ = [
     "CompressedExport",
     "MixedPrecision",
     "Pruning",
+    "Quantization",
     "RelevancePruning",
     "RelevanceScoring",
     "Scoring",

@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 
 from lightning_xai_compress.relevance import call_model, evaluation, split_batch
 
-__all__ = ["calibration_batches", "tracked_norms", "training_batch_size", "update_batchnorm", "validation_batches"]
+__all__ = [
+    "calibration_batches",
+    "forward",
+    "tracked_norms",
+    "training_batch_size",
+    "update_batchnorm",
+    "validation_batches",
+]
 
 Norm = nn.modules.batchnorm._BatchNorm
 
@@ -168,11 +175,7 @@ def update_batchnorm(module: LightningModule, norms: Sequence[Norm], batches: It
                 norm.training = True
             for index, batch in enumerate(batches):
                 so_far = _copies(norms)
-                if callable(own := getattr(module, "relevance_step", None)):
-                    own(batch, index)
-                else:
-                    args, kwargs, _ = split_batch(batch)
-                    call_model(module, args, kwargs)
+                forward(module, batch, index)
                 if all(bool(torch.isfinite(buffer).all()) for buffer, _ in so_far):
                     used += 1
                 else:
@@ -184,6 +187,15 @@ def update_batchnorm(module: LightningModule, norms: Sequence[Norm], batches: It
             if used:  # the counter goes on counting training batches
                 before = [(buffer, copy) for buffer, copy in before if not buffer.is_floating_point()]
             _restore(before)
+
+
+def forward(module: LightningModule, batch: Any, index: int) -> None:
+    """One forward pass, for what layers see of it."""
+    if callable(own := getattr(module, "relevance_step", None)):
+        own(batch, index)
+    else:
+        args, kwargs, _ = split_batch(batch)
+        call_model(module, args, kwargs)
 
 
 def _copies(norms: Sequence[Norm]) -> list[tuple[Tensor, Tensor]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torchmetrics import Metric
 
 from lightning_xai_compress.callbacks.base import CompressionCallback
+from lightning_xai_compress.callbacks.best import Mode
 from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.export import CompressedExport
-from lightning_xai_compress.callbacks.precision import MixedPrecision
+from lightning_xai_compress.callbacks.precision import MixedPrecision, Quantization
 from lightning_xai_compress.callbacks.pruning import Pruning, RelevancePruning
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.stage import Scoring, Stage
+from lightning_xai_compress.formats import Files
 from lightning_xai_compress.pruning import SelectionRule
 from lightning_xai_compress.report import Report
 
@@ -39,11 +41,15 @@ class XAICompression(CompressionCallback):
         pruning_end: When pruning is done and quantized training begins: epochs or share.
         relevance_epochs: Epochs at whose start relevance is computed: a list, or every n; by default before each use.
         metric: A torchmetrics metric to measure on the validation data, or the name of one that the module logs.
+        export: "last" or "best": which weights the files hold, see `CompressedExport`.
+        mode: Whether "max" or "min" of the metric is best.
         exclude: Shell-style patterns of layers to leave alone.
         export_dir: Folder for the files and `report.json`.
-        formats: "safetensors", "onnx".
+        formats: "safetensors", "onnx", "pt2".
         scoring: How relevance is computed.
         pruning: How patiently weights are pruned.
+        quantization: Whether layers read activations of 8 bits in quantized training, too.
+        files: How files are written: integer types, 8-bit activations, float16.
 
     Raises:
         ValueError: A setting out of range; the text says which, what came and what is expected.
@@ -62,11 +68,15 @@ class XAICompression(CompressionCallback):
         pruning_end: Moment = 0.6,
         relevance_epochs: int | list[int] | None = None,
         metric: Metric | str | None = None,
+        export: Literal["last", "best"] = "last",
+        mode: Mode | None = None,
         exclude: Sequence[str] = (),
         export_dir: str | None = None,
         formats: Sequence[str] = ("safetensors",),
         scoring: Scoring | None = None,
         pruning: Pruning | None = None,
+        quantization: Quantization | None = None,
+        files: Files | None = None,
     ) -> None:
         super().__init__()
         check_moment("warmup", warmup)
@@ -75,8 +85,12 @@ class XAICompression(CompressionCallback):
         self._pruning = RelevancePruning(
             sparsity=sparsity, selection=selection, start=warmup, end=pruning_end, exclude=exclude, pruning=pruning
         )
-        self._precision = MixedPrecision(average_bits=average_bits, bits=bits, start=pruning_end, exclude=exclude)
-        self._export = CompressedExport(export_dir=export_dir, formats=formats, metric=metric)
+        self._precision = MixedPrecision(
+            average_bits=average_bits, bits=bits, start=pruning_end, exclude=exclude, quantization=quantization
+        )
+        self._export = CompressedExport(
+            export_dir=export_dir, formats=formats, metric=metric, export=export, mode=mode, files=files
+        )
 
     def stages(self) -> list[Stage]:
         """All four."""

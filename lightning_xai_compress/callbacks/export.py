@@ -7,34 +7,54 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_xai_compress.callbacks.accuracy import Accuracy
 from lightning_xai_compress.callbacks.base import CompressionCallback
-from lightning_xai_compress.callbacks.calibration import calibration_batches, validation_batches
+from lightning_xai_compress.callbacks.best import Best, Mode
+from lightning_xai_compress.callbacks.calibration import calibration_batches
 from lightning_xai_compress.callbacks.console import progress
+from lightning_xai_compress.callbacks.inputs import example_inputs
+from lightning_xai_compress.callbacks.precision import MixedPrecision
 from lightning_xai_compress.callbacks.pruning import RelevancePruning
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Stage
 from lightning_xai_compress.checks import check_names
 from lightning_xai_compress.criteria import criterion_name
-from lightning_xai_compress.errors import ArtifactError, RelevanceError
-from lightning_xai_compress.formats import Artifact, Inputs, check_formats, save
-from lightning_xai_compress.plan import Skipped
-from lightning_xai_compress.relevance import is_picture, save_heatmaps, split_batch
-from lightning_xai_compress.report import Measured, Report, build_report, dense_bytes, evaluate, render
+from lightning_xai_compress.errors import ArtifactError
+from lightning_xai_compress.formats import (
+    FORMATS,
+    Artifact,
+    Files,
+    check_formats,
+    check_traceable,
+    round_to_float16,
+    save,
+)
+from lightning_xai_compress.formats.onnx import OnnxModule
+from lightning_xai_compress.plan import CompressionPlan, Skipped
+from lightning_xai_compress.relevance import is_picture, save_heatmaps
+from lightning_xai_compress.report import (
+    DenseSizes,
+    Measured,
+    Report,
+    build_report,
+    dense_bytes,
+    dense_sizes,
+    render,
+)
 
 __all__ = ["CompressedExport"]
 
-_EXAMPLES = 4
+_RANGE_SAMPLES = 256
 _PICTURED = 8
 _LIBRARIES = ("lightning-xai-compress", "torch", "lightning", "torchao", "torchmetrics", "safetensors", "constriction")
 
@@ -44,9 +64,14 @@ class CompressedExport(CompressionCallback, Stage):
 
     Args:
         export_dir: Folder for the files and `report.json`; `compressed` in the Trainer's `default_root_dir` where None.
-        formats: "safetensors" (entropy-coded, smallest), "onnx" (integer weights for onnxruntime; extra `onnx`).
+        formats: "safetensors" (entropy-coded, smallest), "onnx" (integer weights for onnxruntime; extra `onnx`), "pt2"
+            (torch.export, packed integers).
         metric: What the report calls accuracy: a torchmetrics metric, measured on the validation data when
             compression begins and at the end; or the name of one that the module logs.
+        export: "last": the final weights; "best": those of the validation at which `metric` was best, of all that
+            came after pruning and quantization were done. The module keeps its final weights either way.
+        mode: Whether "max" or "min" of the metric is best; None: what a torchmetrics metric says of itself.
+        files: How files are written.
 
     Attributes:
         report: The report of the last fit that ended; None before.
@@ -65,6 +90,9 @@ class CompressedExport(CompressionCallback, Stage):
         export_dir: str | None = None,
         formats: Sequence[str] = ("safetensors",),
         metric: Metric | str | None = None,
+        export: Literal["last", "best"] = "last",
+        mode: Mode | None = None,
+        files: Files | None = None,
     ) -> None:
         super().__init__()
         self.export_dir = export_dir
@@ -74,15 +102,17 @@ class CompressedExport(CompressionCallback, Stage):
             raise ValueError(f"formats must name each format once, and at least one, got {list(self.formats)}")
         if export_dir is not None and not isinstance(export_dir, str | os.PathLike):
             raise ValueError(f"export_dir must be a path, got {export_dir!r}")
-        if metric is not None and not (isinstance(metric, Metric) or (isinstance(metric, str) and metric)):
+        self.accuracy = Accuracy(metric)
+        self.files = files or Files()
+        if self.files.activations and "onnx" not in self.formats:
             raise ValueError(
-                "metric must be the name of one that the module logs, or a torchmetrics metric that gives one number "
-                f"(an object, such as MulticlassAccuracy(10), no class and no collection), got {metric!r}"
+                f"activations={self.files.activations!r} is a way to write ONNX, but formats={list(self.formats)}: "
+                "add 'onnx', or leave activations out"
             )
-        self.metric = metric
+        self.best = _best(export, mode, metric)
         self.report: Report | None = None
         self._dense: dict[str, Any] = {}
-        self._logged: dict[str, float] = {}
+        self._dense_sizes: dict[str, int] = {}
 
     def stages(self) -> list[Stage]:
         """This one."""
@@ -96,90 +126,103 @@ class CompressedExport(CompressionCallback, Stage):
 
     def begin(self, session: Session) -> None:
         """See that there is what the files and the metric need."""
-        trainer = session.trainer
-        if isinstance(self.metric, Metric):
-            if trainer.val_dataloaders is None:
-                raise ValueError("metric= is measured on validation data, but this fit has none: give a val_dataloader")
-            try:
-                self._measure(session, batches=1)
-            except (RelevanceError, ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"metric= cannot be measured; name one that the module logs instead. {error}"
-                ) from error
-        if "onnx" in self.formats:
-            self._examples(session)
+        self.accuracy.begin(session)
+        precision = session.stage(MixedPrecision)
+        if "onnx" in self.formats and precision is not None and max(precision.bits) > max(self.files.onnx_bits):
+            raise ValueError(
+                f"bits={precision.bits} asks for up to {max(precision.bits)} bits, but onnx_bits="
+                f"{tuple(self.files.onnx_bits)} allows at most {max(self.files.onnx_bits)} in the ONNX file: leave the "
+                "larger bits out, or allow 8"
+            )
+        self._check_tracing(session)
         if not self._dense:
             self._dense = asdict(Measured(dense_bytes(session.module)))
 
     def before_compression(self, session: Session, batch: int) -> None:
         """The last moment of the dense model."""
-        epoch = session.epoch(batch)
-        accuracy = self._measure(session)
-        if isinstance(self.metric, str):
-            accuracy, epoch = self._logged.get("value"), self._logged.get("epoch", epoch)
-            if accuracy is None:
-                rank_zero_warn(
-                    f"metric={self.metric!r} was not logged by a validation before compression begins, so the dense "
-                    "accuracy is unknown: let warmup be longer, or give a torchmetrics metric"
-                )
+        accuracy, epoch = self.accuracy.before_compression(session, session.epoch(batch))
         self._dense = asdict(Measured(dense_bytes(session.module), accuracy, epoch))
+        if session.trainer.is_global_zero:
+            self._dense_sizes = asdict(dense_sizes(session.module, session.latent.parameters))
 
     def advance(self, session: Session, batch: int) -> None:
         """Nothing is due before the end."""
 
     def after_validation(self, session: Session) -> None:
-        """Remember the named metric: a resumed fit begins without it."""
-        if isinstance(self.metric, str):
-            value = session.trainer.callback_metrics.get(self.metric)
-            if isinstance(value, Tensor | float | int):
-                epoch = session.epoch(session.position(session.trainer.fit_loop.epoch_loop.batch_idx + 1))
-                self._logged = {"value": float(value), "epoch": epoch, "step": session.trainer.global_step}
+        """Remember the named metric, and the weights if they are the best so far."""
+        self.accuracy.after_validation(session)
+        self._keep_best(session)
 
     def finish(self, session: Session) -> None:
         """Export, measure and tell."""
         self._warn_if_early(session)
+        self._round(session)
         trainer = session.trainer
-        named = isinstance(self.metric, str)
-        accuracy = self._logged_at_the_end(session, str(self.metric)) if named else self._measure(session)
+        accuracy = self.accuracy.at_the_end(session)
         if trainer.is_global_zero:
             directory = self._directory(trainer)
             trial = bool(getattr(trainer, "fast_dev_run", False))
             if trial:  # leaves nothing behind, least of all over an earlier export
                 directory = Path(tempfile.mkdtemp(prefix="fast_dev_run-"))
-            plan = session.latent.plan(tuple(session.skipped))
-            artifacts, failed = self._export(session, directory)
-            heatmaps = self._draw(session, directory, failed)
-            pruning = session.stage(RelevancePruning)
-            self.report = build_report(
-                session.module,
-                plan,
-                dense=Measured(**self._dense),
-                accuracy=accuracy,
-                metric=self._metric_name(),
-                criterion=criterion_name(session.criterion),
-                heatmaps=heatmaps,
-                artifacts=artifacts,
-                failed=failed,
-                relevance=session.relevance_shares,
-                positive_pruned=pruning.positives if pruning is not None else 0,
-                halted=session.halted,
-                history=session.history,
-                versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
-            )
+            with self._weights(session):
+                self._round(session)
+                self.report = self._write(session, directory, accuracy)
             self.report.write(directory / "report.json")
             print(f"\n{render(self.report)}\n\nreport: {directory / 'report.json'}")
             if trial:
                 shutil.rmtree(directory)
         trainer.strategy.barrier("lightning_xai_compress export")
 
-    def _export(self, session: Session, directory: Path) -> tuple[list[Artifact], list[Skipped]]:
-        plan = session.latent.plan(tuple(session.skipped))
-        examples = self._examples(session) if "onnx" in self.formats else []
+    def _round(self, session: Session) -> None:
+        """What is not quantized becomes float16, in the module, so that files stay exact."""
+        if self.files.float16:
+            rounded = round_to_float16(session.module, set(session.latent.parameters))
+            session.skipped += [entry for entry in rounded if entry not in session.skipped]
+
+    def _write(self, session: Session, directory: Path, accuracy: float | None) -> Report:
+        """Files, picture and report of the weights that the module holds."""
+        best = self.best if self.best is not None and self.best.value is not None else None
+        plan = session.latent.plan(
+            tuple(session.skipped), state=best.latent if best else None, provenance=session.provenance
+        )
+        artifacts, failed = self._export(session, plan, directory)
+        onnx = next((each.path for each in artifacts if each.format == "onnx"), None)
+        # a metric talks to all processes, and only this one is here
+        measured = self.accuracy.measures and session.trainer.world_size == 1
+        int8 = OnnxModule(onnx) if onnx and self.files.activations and measured else None
+        heatmaps = self._draw(session, directory, failed)
+        pruning = session.stage(RelevancePruning)
+        return build_report(
+            session.module,
+            plan,
+            dense=Measured(**self._dense),
+            accuracy=best.value if best else accuracy,
+            dense_sizes=DenseSizes(**self._dense_sizes) if self._dense_sizes else None,
+            exported_epoch=best.epoch if best else None,
+            int8_accuracy=self.accuracy.measure(session, model=int8) if int8 is not None else None,
+            metric=self.accuracy.name,
+            criterion=criterion_name(session.criterion),
+            heatmaps=heatmaps,
+            artifacts=artifacts,
+            failed=failed,
+            relevance=session.relevance_shares,
+            positive_pruned=pruning.positives if pruning is not None else 0,
+            halted=session.halted,
+            history=session.history,
+            versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        )
+
+    def _export(self, session: Session, plan: CompressionPlan, directory: Path) -> tuple[list[Artifact], list[Skipped]]:
+        traced = self._traced()
+        samples = _RANGE_SAMPLES if self.files.activations else 0
+        examples = example_inputs(session, traced, samples=samples) if traced else []
         artifacts, failed = [], []
         with progress(session.trainer, "export", len(self.formats)) as advance:
             for name in self.formats:
                 try:
-                    artifacts += save(session.module, plan, directory, formats=[name], examples=examples)
+                    artifacts += save(
+                        session.module, plan, directory, formats=[name], examples=examples, files=self.files
+                    )
                 except ArtifactError as error:  # one format must not cost the user the others
                     failed.append(Skipped(name, str(error)))
                     rank_zero_warn(f"format {name!r} was not written: {error}")
@@ -199,67 +242,42 @@ class CompressedExport(CompressionCallback, Stage):
             return ""
         return "relevance.png"
 
-    def _measure(self, session: Session, *, batches: int | None = None) -> float | None:
-        if not isinstance(self.metric, Metric):
-            return None
-        trainer = session.trainer
-        validating = trainer.validating
-        trainer.validating = True  # the batch hooks ask
+    def _traced(self) -> tuple[str, ...]:
+        return tuple(name for name in self.formats if FORMATS[name].traces)
+
+    def _check_tracing(self, session: Session) -> None:
+        """Say before training what cannot be traced; refuse where no other file would be left."""
+        traced = self._traced()
+        if not traced:
+            return
+        examples = example_inputs(session, traced)
         try:
-            with isolate_rng(), trainer.precision_plugin.forward_context():
-                return evaluate(session.module, islice(validation_batches(trainer), batches), self.metric)
-        finally:
-            if not validating:
-                trainer.training = True
+            check_traceable(session.module, examples)
+        except ArtifactError as error:
+            if traced == self.formats:
+                raise
+            rank_zero_warn(f"{' and '.join(map(repr, traced))} will probably not be written: {error}")
 
-    def _logged_at_the_end(self, session: Session, name: str) -> float | None:
-        """The named metric, if it is that of the final weights."""
-        trainer = session.trainer
-        if not self._logged and name in trainer.callback_metrics:  # no validation: logged in training
-            return float(trainer.callback_metrics[name])
-        if not self._logged:
+    def _keep_best(self, session: Session) -> None:
+        """After a validation: a copy of the weights, if they are compressed and better than before."""
+        if self.best is None or any(not stage.complete for stage in session.stages):
+            return
+        value = self.accuracy.of_validation(session)
+        if value is not None and self.best.beaten_by(value):
+            with torch.inference_mode(False):
+                self.best.keep(value, session.epoch_after_batch(), session.module, session.latent.state_dict())
+
+    def _weights(self, session: Session) -> AbstractContextManager[None]:
+        """The weights to export."""
+        if self.best is None:
+            return nullcontext()
+        if self.best.value is None:
             rank_zero_warn(
-                f"metric={name!r} was never logged, so accuracies are unknown; logged were "
-                f"{sorted(trainer.callback_metrics)}"
+                "export='best', but no validation measured the metric after compression was done: the files hold the "
+                "last weights; let pruning end and quantization begin earlier, or validate more often"
             )
-            return None
-        if self._logged["step"] != trainer.global_step:
-            rank_zero_warn(
-                f"metric={name!r} was last measured at epoch {self._logged['epoch']:g}, not on the final "
-                "weights, so the compressed accuracy is unknown: let the last epoch validate "
-                "(check_val_every_n_epoch), or give a torchmetrics metric"
-            )
-            return None
-        return self._logged["value"]
-
-    def _metric_name(self) -> str:
-        name = self.metric if isinstance(self.metric, str) else type(self.metric).__name__
-        return "" if self.metric is None else f"{name} (validation data)"
-
-    def _examples(self, session: Session) -> list[Inputs]:
-        """A few real inputs, one sample batch each; the module's `example_input_array` where a batch does not tell.
-
-        Raises:
-            ValueError: Neither is there.
-        """
-        batches = calibration_batches(session.trainer, samples=1, seed=session.scoring.seed)
-        try:
-            args, kwargs, _ = split_batch(next(iter(batches)))
-        except RelevanceError as error:
-            example = session.module.example_input_array
-            if example is None:
-                raise ValueError(
-                    f"formats contains 'onnx', but the model's input is not known: set example_input_array on the "
-                    f"LightningModule ({error})"
-                ) from error
-            if isinstance(example, dict):
-                return [Inputs((), example)]
-            return [Inputs(tuple(example) if isinstance(example, tuple) else (example,))]
-        return [
-            Inputs(tuple(_slice(arg, index) for arg in args), {key: _slice(arg, index) for key, arg in kwargs.items()})
-            for index in islice((slice(0, 2), slice(2, 6), slice(6, 14)), _EXAMPLES)
-            if _length(args, kwargs) > index.start
-        ]
+            return nullcontext()
+        return self.best.loaded(session.module)
 
     def _directory(self, trainer: Trainer) -> Path:
         return Path(self.export_dir) if self.export_dir is not None else Path(trainer.default_root_dir) / "compressed"
@@ -275,13 +293,17 @@ class CompressedExport(CompressionCallback, Stage):
 
     def state(self) -> dict[str, Any]:
         """The dense model's figures, and the latest logged metric."""
-        return {"dense": self._dense, "logged": self._logged}
+        state = {"dense": self._dense, "dense_sizes": self._dense_sizes, "logged": self.accuracy.logged}
+        return state if self.best is None else {**state, "best": self.best.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up or begin."""
         self.report = None
         self._dense = dict(state.get("dense", {}))
-        self._logged = dict(state.get("logged", {}))
+        self._dense_sizes = dict(state.get("dense_sizes", {}))
+        self.accuracy.load(state.get("logged", {}))
+        if self.best is not None:
+            self.best.load(state.get("best", {}))
 
 
 def check_writable(directory: Path) -> None:
@@ -299,9 +321,16 @@ def check_writable(directory: Path) -> None:
         raise ArtifactError(f"export_dir {directory} cannot be written ({error}): name another folder") from error
 
 
-def _slice(value: Any, index: slice) -> Any:
-    return value[index] if isinstance(value, Tensor) and value.dim() else value
-
-
-def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    return next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), 1)
+def _best(export: str, mode: str | None, metric: Metric | str | None) -> Best | None:
+    if export not in ("last", "best"):
+        raise ValueError(f"export must be 'last' or 'best', got {export!r}")
+    if mode not in (None, "max", "min"):
+        raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+    if export == "last":
+        return None
+    if metric is None:
+        raise ValueError("export='best' needs metric=: what best means")
+    higher = getattr(metric, "higher_is_better", None)
+    if mode is None and higher is None:
+        raise ValueError(f"export='best' needs mode='max' or 'min': {metric!r} does not tell which is better")
+    return Best(mode or ("max" if higher else "min"))  # type: ignore[arg-type]

@@ -143,18 +143,30 @@ class LatentCopy:
 
     def mask(self) -> Mask:
         """The present mask over all compressible parameters."""
-        return Mask(
-            {
-                name: self.keep.get(name, torch.ones_like(parameter, dtype=torch.bool))
-                for name, parameter in self.parameters.items()
-            }
-        )
+        return self.plan().mask
 
-    def plan(self, skipped: tuple[Skipped, ...] = ()) -> CompressionPlan:
-        """All that was decided so far."""
-        sizes = {name: self.parameters[name][0].numel() for name in self.bits}
-        allocation = BitAllocation(dict(self.bits), sizes) if self.bits else None
-        return CompressionPlan(self.mask(), allocation, dict(self.scales), skipped)
+    def plan(
+        self,
+        skipped: tuple[Skipped, ...] = (),
+        *,
+        state: Mapping[str, Mapping[str, Tensor]] | None = None,
+        provenance: Mapping[str, str] | None = None,
+    ) -> CompressionPlan:
+        """All that was decided so far.
+
+        Args:
+            skipped: What was left alone.
+            state: What was decided when `state_dict` gave this; the present where None.
+            provenance: For the files.
+        """
+        state = state or {"keep": self.keep, "bits": self.bits, "scales": self.scales}
+        keep = {
+            name: state["keep"].get(name, torch.ones_like(parameter, dtype=torch.bool))
+            for name, parameter in self.parameters.items()
+        }
+        sizes = {name: self.parameters[name][0].numel() for name in state["bits"]}
+        allocation = BitAllocation(dict(state["bits"]), sizes) if sizes else None
+        return CompressionPlan(Mask(keep), allocation, dict(state["scales"]), skipped, dict(provenance or {}))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Tensors only, keyed by parameter name."""

@@ -4,18 +4,43 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from lightning_xai_compress.callbacks.base import CompressionCallback
+from lightning_xai_compress.callbacks.calibration import calibration_batches
 from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Planned, Stage
 from lightning_xai_compress.checks import check_names
 from lightning_xai_compress.plan import ScoreMap
-from lightning_xai_compress.quantization import allocate_bits, check_bits
+from lightning_xai_compress.quantization import FakeActivations, allocate_bits, check_bits, quantizable
 
-__all__ = ["MixedPrecision"]
+__all__ = ["MixedPrecision", "Quantization"]
+
+_RANGE_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How quantized training is done.
+
+    Args:
+        activations: "int8": layers also read activations of 8 bits from the start of quantized training, as an ONNX
+            file with `Files(activations="int8")` will compute; their ranges are measured at that moment and at the
+            start of every epoch. None: floats. The packed file and `pt2` compute with floats either way.
+
+    Raises:
+        ValueError: Anything else.
+    """
+
+    activations: Literal["int8"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations not in (None, "int8"):
+            raise ValueError(f"activations must be None or 'int8', got {self.activations!r}")
 
 
 class MixedPrecision(CompressionCallback, Stage):
@@ -28,6 +53,7 @@ class MixedPrecision(CompressionCallback, Stage):
         bits: Widths to choose from, each in 2..8.
         start: When quantized training begins: epochs (whole number) or a share of the fit.
         exclude: Shell-style patterns of layers to leave alone.
+        quantization: Whether activations are quantized, too.
 
     Raises:
         ValueError: A setting out of range; (in fit) a start past its end.
@@ -43,12 +69,16 @@ class MixedPrecision(CompressionCallback, Stage):
         bits: Sequence[int] = (2, 3, 4, 6, 8),
         start: Moment = 0.6,
         exclude: Sequence[str] = (),
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
         self.bits = check_bits(bits, average_bits)
         self.average_bits = average_bits
         self.start = check_moment("start of quantization", start)
         self.exclude = check_names("exclude", exclude)
+        self.quantization = quantization or Quantization()
+        self.activations: FakeActivations | None = None
+        self._ranges: dict[str, tuple[float, float]] = {}
         self.position = 0
         self._done = False
 
@@ -59,6 +89,9 @@ class MixedPrecision(CompressionCallback, Stage):
     def begin(self, session: Session) -> None:
         """Find the batch at which it begins."""
         self.position = session.clock.check("start of quantization", self.start)
+        if self.quantization.activations:
+            self.activations = FakeActivations(quantizable(session.module, session.latent.parameters))
+            self.activations.ranges = dict(self._ranges)
 
     def phases(self) -> list[tuple[int, str]]:
         """Where quantized training begins."""
@@ -69,8 +102,10 @@ class MixedPrecision(CompressionCallback, Stage):
         return Planned(bits=self.average_bits if batch >= self.position else None)
 
     def advance(self, session: Session, batch: int) -> None:
-        """Allocate bits once, at the start of the phase."""
+        """Allocate bits once, at the start of the phase; measure ranges then and at every epoch."""
         if self._done or batch < self.position:
+            if self._done and session.epoch_begins:
+                self._measure_ranges(session)
             return
         session.start(batch)
         scoring = session.stage(RelevanceScoring)
@@ -91,6 +126,30 @@ class MixedPrecision(CompressionCallback, Stage):
             f"quantized to {allocation.average_bits:.2f} bits on average (channels: {spread})",
             average_bits=allocation.average_bits,
         )
+        self._measure_ranges(session)
+
+    def _measure_ranges(self, session: Session) -> None:
+        """Ranges of what the layers read, on training samples."""
+        if self.activations is not None and session.latent.quantized:
+            batches = calibration_batches(
+                session.trainer, samples=_RANGE_SAMPLES, seed=session.scoring.seed + session.trainer.global_step
+            )
+            with self.activations.measuring():
+                session.run(batches)
+
+    def float_activations(self) -> AbstractContextManager[None]:
+        """Inside, layers read floats."""
+        return nullcontext() if self.activations is None else self.activations.paused()
+
+    def close(self) -> None:
+        """Take the hooks off the layers."""
+        if self.activations is not None:
+            self._ranges = dict(self.activations.ranges)
+            self.activations.detach()
+
+    def finish(self, session: Session) -> None:
+        """Files are made of the model itself."""
+        self.close()
 
     def check_scores(self, scores: ScoreMap) -> None:
         """Layers of unknown relevance take the largest width; the budget must leave room for the others."""
@@ -110,8 +169,10 @@ class MixedPrecision(CompressionCallback, Stage):
 
     def state(self) -> dict[str, Any]:
         """Whether it has begun."""
-        return {"done": self._done}
+        ranges = self._ranges if self.activations is None else self.activations.ranges
+        return {"done": self._done, **({"ranges": dict(ranges)} if ranges else {})}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up or begin."""
         self._done = state.get("done", False)
+        self._ranges = {name: (low, high) for name, (low, high) in state.get("ranges", {}).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_xai_compress.callbacks.calibration import (
     calibration_batches,
+    forward,
     tracked_norms,
     training_batch_size,
     update_batchnorm,
@@ -22,13 +24,13 @@ from lightning_xai_compress.callbacks.calibration import (
 from lightning_xai_compress.callbacks.clock import clock_of
 from lightning_xai_compress.callbacks.console import progress
 from lightning_xai_compress.callbacks.latent import LatentCopy
+from lightning_xai_compress.callbacks.outline import schedule_table
 from lightning_xai_compress.callbacks.stage import Scoring, Stage
-from lightning_xai_compress.criteria import Criterion, score
+from lightning_xai_compress.criteria import Criterion, criterion_name, score
 from lightning_xai_compress.errors import NonFiniteError, RelevanceError
 from lightning_xai_compress.layers import find_layers
 from lightning_xai_compress.plan import ScoreMap, Skipped
-from lightning_xai_compress.relevance import Explain, Statistic
-from lightning_xai_compress.report import dense_bytes, estimated_bytes, table
+from lightning_xai_compress.relevance import Explain, Statistic, evaluation
 
 __all__ = ["Session"]
 
@@ -87,33 +89,7 @@ class Session:
                 stage.check_scores(scores)
         self.latent.attach(self.trainer.optimizers)
         if self.trainer.is_global_zero:
-            print(f"\n{self.schedule()}\n")
-
-    def schedule(self) -> str:
-        """The plan as a small table; sizes are estimates."""
-        points = {self.clock.start: "warm-up"}
-        for stage in self.stages:
-            points |= dict(_thinned(stage.phases()))
-        dense = dense_bytes(self.module)
-        weights = sum(parameter.numel() for parameter in self.latent.parameters.values())
-        rows = []
-        for batch, phase in sorted(points.items()):
-            plans = [stage.planned(batch) for stage in self.stages]
-            sparsity = next((plan.sparsity for plan in plans if plan.sparsity is not None), 0.0)
-            bits = next((plan.bits for plan in plans if plan.bits is not None), None)
-            guess = "~" if any(plan.open for plan in plans) else ""
-            size = estimated_bytes(dense, weights, sparsity, bits)
-            rows.append(
-                (
-                    self.clock.label(batch),
-                    phase,
-                    f"{guess}{sparsity:.1%}",
-                    "32" if bits is None else f"{bits:g}",
-                    f"~{size / 1000:,.1f} kB ({size / dense:.1%})",
-                )
-            )
-        rows.append((self.clock.label(self.clock.batches), "end", "", "", ""))
-        return table(("from epoch", "phase", "sparsity", "bits", "estimated size"), rows)
+            print(f"\n{schedule_table(self.module, self.clock, self.stages, self.latent.parameters)}\n")
 
     def advance(self, batch_idx: int) -> None:
         """Let every stage do what is due at this batch of the epoch."""
@@ -135,6 +111,8 @@ class Session:
         if self.open:
             self.open = False
             self.latent.detach()
+            for stage in self.stages:
+                stage.close()
 
     # --- what the stages use
 
@@ -152,6 +130,10 @@ class Session:
         """Epochs done at a batch."""
         known = self.clock.epoch_of(batch)
         return self.trainer.current_epoch if known is None else round(known, 4)
+
+    def epoch_after_batch(self) -> float:
+        """Epochs done when the batch that trains now is over."""
+        return self.epoch(self.position(self.trainer.fit_loop.epoch_loop.batch_idx + 1))
 
     def start(self, batch: int) -> None:
         """Tell all stages, once, that the weights are about to change."""
@@ -199,21 +181,31 @@ class Session:
         on_batch: Callable[[], None] | None = None,
     ) -> ScoreMap:
         """Score some batches by the criterion and the settings of this fit, where no others are given."""
-        return score(
-            self.module,
-            batches,
-            self.criterion if criterion is None else criterion,
-            composite=self.scoring.composite,
-            explain=explain or self.scoring.explain,
-            statistics=self.scoring.statistics if statistics is None else statistics,
-            epsilon=self.scoring.epsilon,
-            attention=self.scoring.attention,
-            baseline=self.scoring.baseline,
-            layers=tuple(self.latent.parameters),
-            heatmaps=heatmaps,
-            seed=seed,
-            on_batch=on_batch,
-        )
+        with ExitStack() as stack:
+            for stage in self.stages:
+                stack.enter_context(stage.float_activations())
+            return score(
+                self.module,
+                batches,
+                self.criterion if criterion is None else criterion,
+                composite=self.scoring.composite,
+                explain=explain or self.scoring.explain,
+                statistics=self.scoring.statistics if statistics is None else statistics,
+                epsilon=self.scoring.epsilon,
+                attention=self.scoring.attention,
+                baseline=self.scoring.baseline,
+                layers=tuple(self.latent.parameters),
+                heatmaps=heatmaps,
+                seed=seed,
+                on_batch=on_batch,
+            )
+
+    @torch.no_grad()
+    def run(self, batches: Iterable[Any]) -> None:
+        """Forward passes in evaluation mode, for what layers see of them."""
+        with isolate_rng(), self.trainer.precision_plugin.forward_context(), evaluation(self.module):
+            for index, batch in enumerate(batches):
+                forward(self.module, batch, index)
 
     def _agree_on_buffers(self) -> None:
         """BatchNorm statistics of rank 0, as DDP itself takes them: scores are made in evaluation mode."""
@@ -235,6 +227,11 @@ class Session:
             relevance=mean(scores.relevance),
             sensitivity=mean(scores.sensitivity),
         )
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """How the model was made, for the files."""
+        return {"model": type(self.module).__qualname__, "criterion": criterion_name(self.criterion)}
 
     @property
     def relevance_shares(self) -> dict[str, float]:
@@ -326,6 +323,7 @@ class Session:
             "halted": self.halted,
             "started": self.started,
             "relevance_shares": dict(self._shares),
+            "provenance": self.provenance,
         }
         if self.keeps_scores and self.scores is not None:
             state["scores"] = {
@@ -367,13 +365,6 @@ class Session:
                 reason = "relevance unknown (not reached by an ordinary layer call): never pruned, largest bit width"
                 self.skipped.append(Skipped(layer, reason))
         return scores
-
-
-def _thinned(points: list[tuple[int, str]], most: int = 6) -> list[tuple[int, str]]:
-    """At most so many of the points, first and last among them."""
-    if len(points) <= most:
-        return points
-    return [points[index * (len(points) - 1) // (most - 1)] for index in range(most)]
 
 
 def _finite_gradients(optimizer: Optimizer) -> bool:

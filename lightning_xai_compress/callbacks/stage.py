@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -125,6 +126,13 @@ class Stage(ABC):
 
     def finish(self, session: Session) -> None:  # noqa: B027
         """The last batch and the last validation are over."""
+
+    def float_activations(self) -> AbstractContextManager[None]:
+        """Within it the model computes with float activations: for scoring."""
+        return nullcontext()
+
+    def close(self) -> None:  # noqa: B027
+        """The fit is over, perhaps by an error: take back what was attached to the model; may be called twice."""
 
     def state(self) -> dict[str, Any]:
         """What the stage must remember to continue: plain types."""

@@ -1,7 +1,7 @@
 """Model and plan in, files out: one format a file, found through the registry."""
 
-from lightning_xai_compress.formats import onnx, packed
-from lightning_xai_compress.formats.packed import load_compressed, packed_size
+from lightning_xai_compress.formats import onnx, packed, pt2
+from lightning_xai_compress.formats.packed import code_entropy, load_compressed, packed_size
 from lightning_xai_compress.formats.registry import (
     FORMATS,
     Artifact,
@@ -16,6 +16,8 @@ from lightning_xai_compress.formats.registry import (
     save,
     write_atomically,
 )
+from lightning_xai_compress.formats.rounding import round_to_float16
+from lightning_xai_compress.formats.tracing import check_traceable
 
 __all__ = [
     "FORMATS",
@@ -26,12 +28,16 @@ __all__ = [
     "Inputs",
     "Stored",
     "check_formats",
+    "check_traceable",
+    "code_entropy",
     "file_format",
     "load_compressed",
     "onnx",
     "packed",
     "packed_size",
+    "pt2",
     "register",
+    "round_to_float16",
     "save",
     "write_atomically",
 ]

@@ -35,6 +35,9 @@ Categorical = constriction.stream.model.Categorical
 __all__ = ["BITMAP", "Block", "Encoded", "Header", "decode", "encode"]
 
 _LOW_BITS = 4  # of a scale, stored as they are
+_PIECE = 1 << 18  # symbols that are decoded at a time: the coder gives 4 bytes each
+_MAX_CONTEXTS = 256
+_MAX_SCALES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class Block:
         widths: uint8 of shape [rows], in 1..8.
         scales: uint16 of shape [rows], the bit patterns of finite bfloat16 values >= 0; None for a block without.
             Only those of rows with a value other than zero are stored.
+        bits: What a decoded block took of the stream, without the tables.
     """
 
     values: NDArray[np.int8]
     widths: NDArray[np.uint8]
     scales: NDArray[np.uint16] | None = None
+    bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Encoded:
     Args:
         words: uint32 of shape [words].
         header: What the decoder must know.
-        code_bits: Of each block: its values, the contexts of its rows, its share of the tables.
+        code_bits: Of each block: its values, the contexts of its rows, and by these bits its share of the tables.
         scale_bits: Of each block.
     """
 
@@ -146,6 +151,15 @@ class _Reader:
         symbols: NDArray[np.int32] = self.coder.decode(model, count) if count else np.empty(0, np.int32)
         return symbols
 
+    def small(self, count: int, model: Any, lowest: int) -> NDArray[np.int8]:
+        """Decode symbols that count from `lowest`."""
+        values = np.empty(count, np.int8)
+        for start in range(0, count, _PIECE):
+            piece = values[start : start + _PIECE]
+            piece[:] = self.static(len(piece), model)
+            piece += np.int8(lowest)
+        return values
+
     def adaptive(self, count: int, counts: _Counts) -> Ints:
         symbols = np.empty(count, np.int64)
         for i in range(count):
@@ -181,23 +195,22 @@ def encode(blocks: Sequence[Block]) -> Encoded:
     coders = [Categorical(weight, perfect=False) for weight in weights]
     prices = [costs(weight) for weight in weights]
 
-    users = np.zeros((len(blocks), len(contexts)))
     code_bits, scale_bits = [], []
-    for index, (block, label, scales) in enumerate(zip(blocks, labels, coarse, strict=True)):
+    for block, label, scales in zip(blocks, labels, coarse, strict=True):
         bits = writer.adaptive(label, models.contexts)
         models.contexts.fade()
         for context in np.unique(label):
             symbols = block.values[label == context].reshape(-1).astype(np.int64) - lowest(contexts[context][0])
             writer.static(symbols, coders[context])
             bits += float(prices[context][symbols].sum())
-            users[index, context] = symbols.size
         code_bits.append(bits)
         bits = writer.adaptive((scales >> _LOW_BITS) - first, models.scales)
         if block.scales is not None:
             models.scales.fade()
         writer.static(scales & ((1 << _LOW_BITS) - 1), models.low)
         scale_bits.append(bits + _LOW_BITS * len(scales))
-    shares = (users / np.maximum(users.sum(0), 1)) @ np.asarray(table_bits) if contexts else np.zeros(len(blocks))
+    told = np.asarray(code_bits) + 1e-6
+    shares = sum(table_bits) * told / told.sum() if blocks else np.empty(0)
     total_bits = tuple(float(bits + share) for bits, share in zip(code_bits, shares, strict=True))
     return Encoded(writer.finish(), header, total_bits, tuple(scale_bits))
 
@@ -216,26 +229,35 @@ def decode(words: NDArray[np.uint32], header: Header, shapes: Sequence[tuple[int
     """
     _check_header(header)
     reader, models = _Reader(words), _Models(header)
+    del words  # the coder has its own copy
     coders = []
     for width, mode in header.contexts:
         steps = reader.adaptive(level_count(width, mode), models.levels)
         levels = (np.cumsum(steps) + LEVELS - 1) % LEVELS
         coders.append(Categorical(frequencies(levels, width, mode), perfect=False))
-    width_of = np.array([width for width, _ in header.contexts], np.uint8)
-    for rows, columns, scaled in shapes:
-        if rows and not coders:
-            raise ValueError("codes without a context")
-        label = reader.adaptive(rows, models.contexts)
-        models.contexts.fade()
-        values = np.empty((rows, columns), np.int8)
-        for context in np.unique(label):
-            chosen = label == context
-            symbols = reader.static(int(chosen.sum()) * columns, coders[context])
-            values[chosen] = symbols.astype(np.int8).reshape(-1, columns) + np.int8(lowest(int(width_of[context])))
-        widths = width_of[label] if rows else np.empty(0, np.uint8)
-        yield Block(values, widths, _read_scales(reader, models, header, values, widths) if scaled else None)
+    for shape in shapes:
+        yield _read_block(reader, models, header, coders, *shape)
     if not reader.coder.is_empty():
         raise ValueError("the stream holds more than its index says")
+
+
+def _read_block(
+    reader: _Reader, models: _Models, header: Header, coders: Sequence[Any], rows: int, columns: int, scaled: bool
+) -> Block:
+    if rows and not coders:
+        raise ValueError("codes without a context")
+    before = reader.coder.num_valid_bits()
+    label = reader.adaptive(rows, models.contexts)
+    models.contexts.fade()
+    widths = np.array([width for width, _ in header.contexts], np.uint8)[label]
+    values = np.empty((rows, columns), np.int8)
+    for context in np.unique(label):
+        chosen = label == context
+        symbols = reader.small(int(chosen.sum()) * columns, coders[context], lowest(header.contexts[context][0]))
+        values[chosen] = symbols.reshape(-1, columns)
+        del symbols  # before the next ones are made
+    scales = _read_scales(reader, models, header, values, widths) if scaled else None
+    return Block(values, widths, scales, before - reader.coder.num_valid_bits())
 
 
 def _check_header(header: Header) -> None:
@@ -243,7 +265,7 @@ def _check_header(header: Header) -> None:
         if width not in WIDTHS or not 0 <= mode < len(MODES):
             raise ValueError(f"context of width {width} and mode {mode}")
     first, count = header.scales
-    if len(header.contexts) > 256 or first < 0 or not 1 <= count <= 1 << 12:
+    if len(header.contexts) > _MAX_CONTEXTS or not 0 <= first < _MAX_SCALES or not 1 <= count <= _MAX_SCALES:
         raise ValueError(f"{len(header.contexts)} contexts, {count} scales from {first}")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,14 @@ __all__ = [
     "CODES",
     "CODE_DTYPES",
     "DTYPES",
+    "HALF_DTYPES",
     "RAW",
     "Entry",
     "check_unfolded",
+    "chunks",
     "few",
-    "gather",
+    "fit_name",
+    "has_memory",
     "raw_bytes",
     "same",
     "sharing",
@@ -38,19 +42,35 @@ DTYPES = {
     )
 }
 CODE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float32, torch.float64)  # that take less room as float16, where it holds them
 _CHUNK = 1 << 22  # bytes of `rest` that share byte planes
-_FLOOR, _RATIO = 1 << 30, 1 << 14  # bytes that any file may unfold to; for a larger one, so many for each of its own
+# What any file may unfold to, and for a larger one what each of its bytes may: weights in bytes, rows of coded tensors.
+_BYTES, _BYTES_EACH = 1 << 26, 1 << 10
+_ROWS, _ROWS_EACH = 1 << 16, 1 << 4
+_LONGEST_NAME = 1024
+# Path separators, control characters, and halves of characters, which UTF-8 cannot hold.
+_UNFIT = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of the state dict; `alias` is the position of an earlier key that shares its tensor."""
+    """One key of the state dict.
+
+    Args:
+        name: The key.
+        dtype: Of the tensor.
+        shape: Of the tensor.
+        kind: How it is stored.
+        alias: Position of an earlier key that shares its tensor.
+        half: Whether its numbers in `rest` are float16, which holds them exactly.
+    """
 
     name: str
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
     kind: int = RAW
     alias: int | None = None
+    half: bool = False
 
     @property
     def numel(self) -> int:
@@ -63,22 +83,66 @@ class Entry:
         return self.alias is None and self.kind != CODES
 
     @property
+    def held(self) -> torch.dtype:
+        """Dtype of its numbers in `rest`."""
+        return torch.float16 if self.half else self.dtype
+
+    @property
     def block(self) -> tuple[int, int, bool]:
         """Rows, columns and whether there are scales."""
         return self.shape[0], self.numel // self.shape[0], self.kind == CODES
 
 
-def gather(counts: Sequence[tuple[Entry, int]]) -> list[list[tuple[Entry, int]]]:
-    """Gather numbers that share byte planes: of one dtype, the same parameters of all layers side by side."""
-    chunks: list[list[tuple[Entry, int]]] = []
+def chunks(counts: Sequence[tuple[Entry, int]]) -> Iterator[tuple[int, list[tuple[Entry, int, int]]]]:
+    """Cut the numbers in `rest` into chunks that share byte planes.
+
+    All numbers of one dtype are a row, the same parameters of all layers side by side, and the row is cut into pieces
+    of 4 MiB: small tensors share a chunk, and no reader needs more room than that.
+
+    Args:
+        counts: Tensors in the order of the index, and how many numbers of each are in `rest`.
+
+    Yields:
+        Bytes of a number; and what the chunk holds: a tensor, and from which to which of its numbers.
+    """
+    ordered = sorted(counts, key=lambda item: (str(item[0].held), item[0].name.rpartition(".")[2]))
+    parts: list[tuple[Entry, int, int]] = []
     room = 0
-    for entry, count in sorted(counts, key=lambda item: (str(item[0].dtype), item[0].name.rpartition(".")[2])):
-        if room <= 0 or chunks[-1][0][0].dtype != entry.dtype:
-            chunks.append([])
-            room = _CHUNK
-        chunks[-1].append((entry, count))
-        room -= count * entry.dtype.itemsize
-    return chunks
+    for entry, count in ordered:
+        if parts and parts[-1][0].held != entry.held:
+            yield parts[-1][0].held.itemsize, parts
+            parts = []
+        start = 0
+        while start < count:
+            if not parts:
+                room = _CHUNK // entry.held.itemsize
+            end = min(count, start + room)
+            parts.append((entry, start, end))
+            room -= end - start
+            start = end
+            if not room:
+                yield entry.held.itemsize, parts
+                parts = []
+    if parts:
+        yield parts[-1][0].held.itemsize, parts
+
+
+def fit_name(name: object) -> bool:
+    """Whether a name may stand in a packed file: as those of a state dict do, and never like a path.
+
+    That is: text of 1 to 1024 characters, no part between its dots empty, without `/`, `\\`, control characters and
+    lone surrogates.
+    """
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or _UNFIT.search(name):
+        return False
+    return all(name.split("."))
+
+
+def has_memory(tensor: object) -> bool:
+    """Whether values can be written into it: a dense tensor on a real device, none of its numbers twice in memory."""
+    if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    return not any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def sharing(state: Mapping[str, Tensor]) -> list[list[str]]:
@@ -115,13 +179,28 @@ def same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def check_unfolded(entries: Sequence[Entry], size: int, source: str) -> None:
-    """Refuse what would unfold to far more than a file of `size` bytes has a reason to hold."""
-    needed = sum(entry.numel * entry.dtype.itemsize for entry in entries if entry.alias is None)
-    if needed > max(_FLOOR, _RATIO * size):
-        raise ArtifactError(
-            f"{source} declares {needed} bytes of tensors: expected at most {max(_FLOOR, _RATIO * size)} in a packed "
-            f"file of {size}; it is damaged or forged, or a model of nearly nothing but zeros: split that one"
-        )
+    """Refuse what would unfold to far more than a file of `size` bytes has a reason to hold.
+
+    Raises:
+        ArtifactError: It would.
+    """
+    stored = [entry for entry in entries if entry.alias is None]
+    needed = {
+        "bytes of tensors": sum(entry.numel * entry.dtype.itemsize for entry in stored),
+        "rows of coded tensors": sum(entry.shape[0] for entry in stored if entry.kind != RAW),
+    }
+    allowed = max(_BYTES, _BYTES_EACH * size), max(_ROWS, _ROWS_EACH * size)
+    for (what, count), most in zip(needed.items(), allowed, strict=True):
+        if count > most:
+            raise ArtifactError(
+                f"{source} declares {_number(count)} {what}: expected at most {most} in a packed file of {size} bytes; "
+                "it is damaged or forged, or a model of nearly nothing but zeros: split that one"
+            )
+
+
+def _number(count: int) -> str:
+    """A forged file may multiply up to numbers that Python refuses to print."""
+    return str(count) if count < 1 << 64 else "more than 2^64"
 
 
 def few(names: Sequence[str]) -> str:

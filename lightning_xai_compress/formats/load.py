@@ -1,42 +1,23 @@
-"""Reading a packed file: all of it or nothing, with torch, numpy, safetensors and constriction alone."""
+"""Reading a packed file: all of it or nothing, with torch, numpy and constriction alone."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_xai_compress.errors import ArtifactError
-from lightning_xai_compress.formats import container, entropy
-from lightning_xai_compress.formats.layout import (
-    BITMAP,
-    CODE_DTYPES,
-    CODES,
-    DTYPES,
-    RAW,
-    Entry,
-    check_unfolded,
-    few,
-    gather,
-    raw_bytes,
-    same,
-    sharing,
-)
+from lightning_xai_compress.formats.layout import CODES, Entry, few, has_memory, same, sharing
+from lightning_xai_compress.formats.load_file import Decoded, PackedFile, decode, open_packed
+from lightning_xai_compress.formats.load_torchao import integer_tensor, torchao_class
 
 __all__ = ["load_compressed"]
 
-_BAD_BYTES = (
-    *(ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError, MemoryError),
-    *(zlib.error, SafetensorError),
-)
+_INTEGER_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that torchao tensors stand for
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,14 +25,25 @@ M = TypeVar("M", bound=nn.Module)
 @overload
 def load_compressed(path: str | Path) -> dict[str, Tensor]: ...
 @overload
-def load_compressed(path: str | Path, model: M) -> M: ...
-def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor] | nn.Module:
+def load_compressed(path: str | Path, model: None, *, integers: Literal[False] = False) -> dict[str, Tensor]: ...
+@overload
+def load_compressed(path: str | Path, model: M, *, integers: bool = False) -> M: ...
+def load_compressed(
+    path: str | Path, model: nn.Module | None = None, *, integers: bool = False
+) -> dict[str, Tensor] | nn.Module:
     """Read a packed file, all of it or nothing.
+
+    The tensors are decoded on the CPU before the model is touched: reading takes as much memory as the tensors have,
+    and about as much again as their codes take in the file, beside the model itself.
 
     Args:
         path: The file.
         model: Filled in and returned if given; it must have the very names, shapes and dtypes of the one that was
-            saved. The tensors are decoded on the CPU, one at a time, before the model is touched.
+            saved.
+        integers: Leave the quantized weights of `nn.Linear` layers as integers: they become
+            `torchao.quantization.IntxUnpackedToInt8Tensor` (a byte a weight, without gradient), of which `dequantize()`
+            gives the weight exactly. A weight stays a float where it is not quantized, has dtype float64, or is shared
+            with a layer of another kind. Needs a model, and torchao.
 
     Returns:
         The model, or the state dict, in the order of the one saved; tied keys share a tensor.
@@ -60,94 +52,79 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
         FileNotFoundError: No such file.
         ArtifactError: The file is damaged, cut short, of another version, none of ours, or of another model. The model
             is as it was.
+        ValueError: `integers` without a model.
+        ImportError: `integers` without torchao.
     """
-    data = Path(path).read_bytes()
-    parts = container.read_container(data, str(path))
-    size = len(data)
-    del data
-    try:
-        index = container.read_json(parts["index"])
-        entries = _read_entries(index["tensors"])
-    except _BAD_BYTES as error:
-        raise _inconsistent(path, error) from error
-    check_unfolded(entries, size, str(path))
-    if model is not None:
-        _check_model(path, entries, model)
-    try:
-        state = _decode(parts, index, entries)
-    except _BAD_BYTES as error:
-        raise _inconsistent(path, error) from error
-    return state if model is None else _fill(path, model, state)
+    if integers and model is None:
+        raise ValueError(
+            "integers=True expected a model whose Linear layers take the integers, got none: "
+            "call load_compressed(path, model, integers=True)"
+        )
+    if integers:
+        torchao_class()
+    with open_packed(path) as file:
+        if model is not None:
+            _check_model(path, file.entries, model)
+        stored = file.stored
+        weights = _linear_weights(file, model) if integers and model is not None else {}
+        made = decode(file, {stored[name] for name in weights})
+    state = {name: made[key].values for name, key in stored.items() if name not in weights}
+    if model is None:
+        return state
+    tensors = {name: _integers(made[stored[name]], module.weight.device) for name, module in weights.items()}
+    del made
+    _fill(path, model, state)
+    _replace(weights, tensors)
+    return model
 
 
-def _decode(parts: Mapping[str, NDArray[Any]], index: dict[str, Any], entries: Sequence[Entry]) -> dict[str, Tensor]:
-    first, count = index["scales"]
-    header = entropy.Header(
-        tuple((int(width), int(mode)) for width, mode in index["contexts"]), (int(first), int(count))
-    )
-    in_stream = [entry for entry in entries if entry.kind != RAW]
-    made: dict[str, Tensor] = {}
-    bitmaps: dict[str, NDArray[np.bool_]] = {}
-    blocks = entropy.decode(parts["stream"], header, [entry.block for entry in in_stream])
-    for entry, block in zip(in_stream, blocks, strict=True):
-        if block.scales is None:
-            bitmaps[entry.name] = block.values.reshape(-1) != 0
+def _linear_weights(file: PackedFile, model: nn.Module) -> dict[str, nn.Linear]:
+    """Find the Linear layers whose weights can be integers: name of the weight -> layer.
+
+    Tensors stay shared: a group that model or file ties together is taken as a whole or not at all.
+    """
+    stored = file.stored
+    able: dict[str, nn.Linear] = {}
+    kinds = {entry.name: entry for entry in file.entries}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        name = f"{prefix}.weight".removeprefix(".")
+        # The Linear inside of attention is one by name only: attention computes with its weight itself.
+        if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
             continue
-        scale = torch.from_numpy(block.scales.view(np.int16)).view(torch.bfloat16).float()
-        weight = torch.from_numpy(block.values).float().mul_(scale[:, None])
-        made[entry.name] = weight.to(entry.dtype).reshape(entry.shape)
-    counts = [
-        (entry, int(bitmaps[entry.name].sum()) if entry.kind == BITMAP else entry.numel)
-        for entry in entries
-        if entry.raw
+        if "weight" in module._parameters and name in kinds:
+            entry = kinds[stored[name]]
+            if entry.kind == CODES and entry.dtype in _INTEGER_DTYPES:
+                able[name] = module
+    own = model.state_dict()
+    in_model = dict(zip(own, sharing(own), strict=True))
+    in_file: dict[str, list[str]] = {}
+    for name, key in stored.items():
+        in_file.setdefault(key, []).append(name)
+    whole = [
+        names for names in in_file.values() if all(name in able and set(in_model[name]) <= set(names) for name in names)
     ]
-    chunks = gather(counts)
-    sizes = [(chunk[0][0].dtype.itemsize, sum(count for _, count in chunk)) for chunk in chunks]
-    planes = container.join_planes(parts["rest"], index["planes"], sizes)
-    for chunk, numbers in zip(chunks, planes, strict=True):
-        start = 0
-        for entry, count in chunk:
-            end = start + count * entry.dtype.itemsize
-            values = numbers[start:end].reshape(count, entry.dtype.itemsize)
-            start = end
-            if entry.kind == BITMAP:
-                full = np.zeros((entry.numel, entry.dtype.itemsize), np.uint8)
-                full[bitmaps[entry.name]] = values
-                values = full
-            flat = torch.empty(entry.numel, dtype=entry.dtype)
-            raw_bytes(flat)[:] = values
-            made[entry.name] = flat.reshape(entry.shape)
-    return {entry.name: made[entry.name if entry.alias is None else entries[entry.alias].name] for entry in entries}
+    return {name: able[name] for names in whole for name in names}
 
 
-def _read_entries(rows: list[list[Any]]) -> list[Entry]:
-    entries: list[Entry] = []
-    for row in rows:
-        if len(row) == 2:
-            name, alias = row
-            if not 0 <= alias < len(entries) or entries[alias].alias is not None:
-                raise ValueError(f"{name} is an alias of nothing")
-            first = entries[alias]
-            entries.append(Entry(name, first.dtype, first.shape, alias=alias))
-        else:
-            name, dtype, shape, kind = row
-            if any(type(length) is not int or length < 0 for length in shape) or kind not in (RAW, CODES, BITMAP):
-                raise ValueError(f"{name} has shape {shape} and kind {kind}")
-            entries.append(Entry(name, DTYPES[dtype], tuple(shape), kind))
-            if kind != RAW and not entries[-1].numel:
-                raise ValueError(f"{name} of shape {shape} cannot be coded")
-            if kind == CODES and entries[-1].dtype not in CODE_DTYPES:
-                raise ValueError(f"{name} of {dtype} cannot be coded")
-    names = [entry.name for entry in entries]
-    if len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
-        raise ValueError("names that are no text, or not unique")
-    return entries
+def _integers(tensor: Decoded, device: torch.device) -> Tensor:
+    assert tensor.scales is not None
+    assert tensor.widths is not None
+    made = integer_tensor(tensor.values, tensor.scales, int(tensor.widths.max()), tensor.entry.dtype)
+    return made.to(device) if device != made.device else made
+
+
+def _replace(weights: Mapping[str, nn.Linear], tensors: Mapping[str, Tensor]) -> None:
+    parameters: dict[int, nn.Parameter] = {}
+    old = {name: module.weight for name, module in weights.items()}
+    for name, module in weights.items():
+        parameter = parameters.setdefault(id(old[name]), nn.Parameter(tensors[name], requires_grad=False))
+        module.weight = parameter
 
 
 def _check_model(path: str | Path, entries: Sequence[Entry], model: nn.Module) -> None:
     stored = {entry.name: entry for entry in entries}
     own = model.state_dict()
-    unfit = [name for name, tensor in own.items() if not _has_memory(tensor)]
+    unfit = [name for name, tensor in own.items() if not has_memory(tensor)]
     if unfit:
         raise ArtifactError(
             f"{path} cannot fill a model of which these are no tensors with memory of their own: {few(unfit)}; "
@@ -176,15 +153,11 @@ def _check_model(path: str | Path, entries: Sequence[Entry], model: nn.Module) -
         )
 
 
-def _has_memory(tensor: object) -> bool:
-    if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided:
-        return False
-    return not any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def _fill(path: str | Path, model: M, state: dict[str, Tensor]) -> M:
+def _fill(path: str | Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill a model in; what the state lacks stays as it is."""
     own = model.state_dict()
-    untied = [names for names in sharing(own) if not all(same(state[names[0]], state[name]) for name in names[1:])]
+    groups = [[name for name in names if name in state] for names in sharing(own)]
+    untied = [names for names in groups if not all(same(state[names[0]], state[name]) for name in names[1:])]
     if untied:
         raise ArtifactError(
             f"{path} holds different values for {few(untied[0])}, which share one tensor in this "
@@ -192,17 +165,9 @@ def _fill(path: str | Path, model: M, state: dict[str, Tensor]) -> M:
         )
     try:
         model.load_state_dict(own, strict=True)  # changes nothing, but meets whatever would refuse
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict({**own, **state}, strict=True)
     except RuntimeError as error:
         raise ArtifactError(
             f"{path} fits, but {type(model).__name__} refuses it in its own loading hooks: {error}; "
             "load the state dict without the model and fill it in by hand"
         ) from error
-    return model
-
-
-def _inconsistent(path: str | Path, error: Exception) -> ArtifactError:
-    what = f"{type(error).__name__}: {error}"[:200]
-    return ArtifactError(
-        f"{path} is damaged: expected an index and a stream that agree, got {what}; copy it again, or export it again"
-    )

@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.codes import integer_codes, storage_width
-from lightning_xai_compress.formats.onnx_check import ACTIVATIONS, TOLERANCE, check_onnx, compare, onnx_session
+from lightning_xai_compress.formats.onnx_check import (
+    ACTIVATIONS,
+    TOLERANCE,
+    OnnxModule,
+    check_onnx,
+    compare,
+    onnx_session,
+)
 from lightning_xai_compress.formats.onnx_fold import fold_batchnorm
 from lightning_xai_compress.formats.onnx_graph import INT2_VERSIONS, INT4_VERSIONS, holds_float, quantize_input, readers
+from lightning_xai_compress.formats.onnx_int8 import quantize_activations
 from lightning_xai_compress.formats.onnx_read import read_onnx
 from lightning_xai_compress.formats.onnx_trace import trace
 from lightning_xai_compress.formats.registry import Files, Format, Inputs, check_plan, register
@@ -28,7 +36,7 @@ from lightning_xai_compress.plan import CompressionPlan
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["TOLERANCE", "check_onnx", "onnx_session", "read_onnx", "write_onnx"]
+__all__ = ["TOLERANCE", "OnnxModule", "check_onnx", "onnx_session", "read_onnx", "write_onnx"]
 
 _LARGEST_FILE = 2**31 - 1
 _FILES = Files()
@@ -69,13 +77,13 @@ def write_onnx(
     _quantize(proto, model, plan, codes, files)
     provenance = dict(plan.provenance)
     if files.activations == "int8":
-        from lightning_xai_compress.formats.onnx_int8 import quantize_activations
-
         _write(proto, path)
         compare(path, inputs, expected)  # the weights are proven before activations are rounded, too
         names = [entry.name for entry in proto.graph.input]
         feeds = [dict(zip(names, (each.cpu().numpy() for each in entry.values()), strict=True)) for entry in inputs]
-        quantize_activations(proto, feeds, ranges=files.ranges)
+        notes = quantize_activations(proto, feeds, ranges=files.ranges)
+        if notes:
+            warnings.warn(f"8-bit activations: {'; '.join(notes)}", stacklevel=2)
         provenance[ACTIVATIONS] = "int8"
     proto.metadata_props.extend(
         onnx.StringStringEntryProto(key=key, value=value) for key, value in sorted(provenance.items())

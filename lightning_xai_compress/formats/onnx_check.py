@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.registry import Files, Inputs
-from lightning_xai_compress.formats.tracing import calls, check_examples, evaluation, to_device
+from lightning_xai_compress.formats.tracing import calls, check_examples, evaluation, named_inputs, to_device
 
-__all__ = ["ACTIVATIONS", "INT8_TOLERANCE", "TOLERANCE", "check_onnx", "compare", "onnx_session"]
+__all__ = ["ACTIVATIONS", "INT8_TOLERANCE", "TOLERANCE", "OnnxModule", "check_onnx", "compare", "onnx_session"]
 
 TOLERANCE = 1e-4
 """Largest difference from the model, relative to its largest output, at which a file still counts as the model."""
@@ -41,7 +41,7 @@ def check_onnx(path: Path, model: nn.Module, examples: Sequence[Inputs], files: 
     return compare(path, inputs, expected)
 
 
-def onnx_session(path: str | Path) -> Any:
+def onnx_session(path: str | Path, *, threads: int = 0) -> Any:
     """Open a written file with onnxruntime on the CPU, with the options that make it fastest.
 
     Float activations: weights are dequantized once, at loading, and stay exact; with default options outputs are the
@@ -49,6 +49,7 @@ def onnx_session(path: str | Path) -> Any:
 
     Args:
         path: The file.
+        threads: Within an operator; 0: as many as there are cores.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -56,6 +57,7 @@ def onnx_session(path: str | Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # were a product with quantized weights fused all the same: with float activations, not rounded to 8 bits
@@ -64,8 +66,33 @@ def onnx_session(path: str | Path) -> Any:
     if not _is_int8(session):
         return session
     plain = onnxruntime.SessionOptions()  # integer kernels need what is disabled above
+    plain.intra_op_num_threads = threads
     plain.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), plain, providers=["CPUExecutionProvider"])
+
+
+class OnnxModule(nn.Module):
+    """A file as a module: what onnxruntime computes from it, for metrics and comparisons.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.session = onnx_session(path)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The only output, or a tuple of all; inputs in the order of the file's."""
+        tensors = named_inputs(self, Inputs(args, kwargs)).values()
+        names = [entry.name for entry in self.session.get_inputs()]
+        feed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        outputs = tuple(torch.from_numpy(each).to(_device(tensors)) for each in self.session.run(None, feed))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _device(tensors: Iterable[Tensor]) -> torch.device:
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _is_int8(session: Any) -> bool:

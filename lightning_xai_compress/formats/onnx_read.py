@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_onnx"]
 
-_DECODING = {"Cast", "Concat", "DequantizeLinear", "Gather"}
+_DECODING = {"Cast", "Concat", "DequantizeLinear", "Gather", "Mul"}
 
 
 def read_onnx(path: Path) -> Contents:
@@ -51,6 +51,8 @@ def _tensors(graph: GraphProto) -> tuple[Stored, ...]:
     for entry in graph.initializer:
         if entry.data_type in integers and entry.name.endswith(f".int{integers[entry.data_type]}"):
             widths.setdefault(entry.name.rpartition(".")[0], Counter())[integers[entry.data_type]] += entry.dims[0]
+        elif entry.data_type == entry.INT32 and entry.name.endswith(".int32"):  # a bias beside 8-bit activations
+            widths.setdefault(entry.name.removesuffix(".int32"), Counter())
     for node in graph.node:
         inputs = [name for name in node.input if name]
         if node.op_type in _DECODING and all(name in values for name in inputs):
@@ -103,6 +105,9 @@ def _compute(node: Any, inputs: list[NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate(inputs, axis)
     if node.op_type == "Gather":
         return np.take(inputs[0], inputs[1], axis)
+    if node.op_type == "Mul":
+        product: NDArray[Any] = inputs[0] * inputs[1]
+        return product
     shape = [1] * inputs[0].ndim
     if inputs[1].size > 1 or inputs[0].ndim == 1:
         shape[axis] = -1

@@ -50,7 +50,8 @@ def allocate_bits(
 
     Args:
         weights: Masked weights by parameter name, shape [channels, ...].
-        scores: Sensitivity of every weight. Channels in which it is unknown (NaN) get the largest width.
+        scores: Sensitivity of every weight. Where it is unknown (NaN) for some weights of a layer (tokens that no
+            sample had, say), they count as the mean of those known; layers wholly unknown get the largest width.
         average_bits: Budget: mean width over all weights, pruned ones included.
         bits: Widths to choose from, each in 2..8.
 
@@ -66,7 +67,7 @@ def allocate_bits(
     costs, sizes = [], []
     for name in names:
         errors = []
-        sensitivity = scores.sensitivity[name].to(weights[name].device)
+        sensitivity = _filled(scores.sensitivity[name]).to(weights[name].device)
         for width in widths:
             scale, squared = fit_scales(weights[name], width)
             scales[name].append(scale)
@@ -81,6 +82,12 @@ def allocate_bits(
         allocation[name] = torch.tensor(widths, dtype=torch.uint8)[choice].to(device)
         fitted[name] = torch.stack(scales[name], 1).gather(1, choice.to(device).unsqueeze(1)).squeeze(1)
     return BitAllocation(allocation, {name: weights[name][0].numel() for name in names}), fitted
+
+
+def _filled(sensitivity: Tensor) -> Tensor:
+    """Unknown weights as the mean of the known ones; all NaN where none is known."""
+    unknown = sensitivity.isnan()
+    return torch.where(unknown, sensitivity.nanmean(), sensitivity) if bool(unknown.any()) else sensitivity
 
 
 def _knapsack(cost: Tensor, size: Tensor, widths: Tensor, average_bits: float) -> Tensor:

@@ -1,27 +1,11 @@
-"""Tables for the terminal."""
+"""The report as text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lightning_xai_compress.report.report import Report
+from lightning_xai_compress.tables import table
 
-__all__ = ["render", "table"]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns in line: the first to the left, the others to the right."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-
-    def join(line: Sequence[str]) -> str:
-        first, *rest = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        return "  ".join([first, *rest]).rstrip()
-
-    return "\n".join([join(lines[0]), "  ".join("-" * width for width in widths), *map(join, lines[1:])])
+__all__ = ["render"]
 
 
 def render(report: Report) -> str:
@@ -60,13 +44,24 @@ def render(report: Report) -> str:
     )
     parts = [totals, layers]
     if report.artifacts:
-        parts.append(
-            table(
-                ("file", "bytes", "max abs diff"),
-                [(each.path, f"{each.bytes:,}", f"{each.max_abs_diff:.2g}") for each in report.artifacts],
-            )
-        )
-    notes = [f"not written: {each.name}: {each.reason}" for each in report.failed]
+        zstd = report.sizes.zstd if report.sizes else {}
+        rows = [
+            (each.path, f"{each.bytes:,}", _bytes(zstd.get(each.format)), f"{each.max_abs_diff:.2g}")
+            for each in report.artifacts
+        ]
+        if report.sizes and report.sizes.dense:
+            dense = report.sizes.dense
+            rows.append(("(dense as fp32)", f"{dense.fp32:,}", f"{dense.fp32_zstd:,}", ""))
+            rows.append(("(dense as int8)", f"{dense.int8:,}", f"{dense.int8_zstd:,}", ""))
+        if report.sizes and report.sizes.code_entropy:
+            rows.append(("(entropy of the codes alone)", f"{report.sizes.code_entropy:,.0f}", "", ""))
+        parts.append(table(("file", "bytes", "under zstd", "max abs diff"), rows))
+    notes = []
+    if report.exported_epoch is not None:
+        notes.append(f"the files hold the best weights, those of epoch {report.exported_epoch:g}")
+    if report.int8_accuracy is not None:
+        notes.append(f"with 8-bit activations, in onnxruntime: {_number(report.int8_accuracy)}")
+    notes += [f"not written: {each.name}: {each.reason}" for each in report.failed]
     notes += [f"left alone: {each.name}: {each.reason}" for each in report.skipped]
     if report.positive_pruned:
         notes.append(f"{report.positive_pruned:,} of the pruned weights had positive relevance")
@@ -77,6 +72,10 @@ def render(report: Report) -> str:
     if notes:
         parts.append("\n".join(notes))
     return "\n\n".join(parts)
+
+
+def _bytes(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
 
 
 def _number(value: float | None) -> str:

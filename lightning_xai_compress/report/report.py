@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xai_compress.formats import Artifact, packed_size
+from lightning_xai_compress.formats import Artifact, code_entropy, packed_size, write_atomically
 from lightning_xai_compress.plan import CompressionPlan, Skipped
-from lightning_xai_compress.report.measure import dense_bytes
+from lightning_xai_compress.report.measure import DenseSizes, dense_bytes, zstd_bytes
 
-__all__ = ["LayerReport", "Measured", "Report", "build_report"]
+__all__ = ["LayerReport", "Measured", "Report", "Sizes", "build_report"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,22 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What the bytes compare with. All of real files, but for the entropy.
+
+    Args:
+        dense: Of the dense model.
+        code_entropy: Zeroth-order entropy of each tensor's integer codes, in bytes: what a perfect coder that treats
+            all weights of a tensor alike would need for them, without scales and all else.
+        zstd: Each written file under zstd, by format.
+    """
+
+    dense: DenseSizes | None
+    code_entropy: float
+    zstd: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Report:
     """Before and after.
 
@@ -68,11 +84,14 @@ class Report:
         criterion: What weights were scored by.
         heatmaps: Picture, beside the report, of what the final model looks at in some training images; "" for none.
         artifacts: The written files.
+        sizes: What their bytes compare with.
         failed: Formats that could not be written: name and reason.
         layers: One entry a compressible layer.
         skipped: What was left alone, wholly or in part, and why.
         positive_pruned: Pruned weights that had positive relevance when they went.
         halted: Why pruning stopped early; empty where it did not.
+        int8_accuracy: Metric of the ONNX file with 8-bit activations, run by onnxruntime; None where not measured.
+        exported_epoch: Of the exported weights, where they are the best ones and not the last.
         history: Each step as it happened.
         versions: Of the libraries that took part.
     """
@@ -91,6 +110,9 @@ class Report:
     failed: tuple[Skipped, ...] = ()
     positive_pruned: int = 0
     halted: str = ""
+    sizes: Sizes | None = None
+    exported_epoch: float | None = None
+    int8_accuracy: float | None = None
     history: tuple[Mapping[str, Any], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -103,8 +125,13 @@ class Report:
         return result
 
     def write(self, path: Path) -> None:
-        """Write `report.json`."""
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write `report.json`; an old one stays until the new one is complete.
+
+        Raises:
+            ArtifactError: It cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        write_atomically(path, lambda part: part.write_text(text))
 
 
 def build_report(
@@ -121,6 +148,9 @@ def build_report(
     relevance: Mapping[str, float] | None = None,
     positive_pruned: int = 0,
     halted: str = "",
+    dense_sizes: DenseSizes | None = None,
+    exported_epoch: float | None = None,
+    int8_accuracy: float | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     versions: Mapping[str, str] | None = None,
 ) -> Report:
@@ -132,7 +162,9 @@ def build_report(
         dense: The state before; its bytes are measured here where it is None.
         accuracy: Metric of the compressed model.
         relevance: Share of absolute relevance by parameter name.
-        metric, criterion, heatmaps, artifacts, failed, positive_pruned, halted, history, versions: See `Report`.
+        dense_sizes: Bytes of the state before.
+        metric, criterion, heatmaps, artifacts, failed, positive_pruned, halted, exported_epoch, int8_accuracy,
+            history, versions: See `Report`.
 
     Raises:
         ArtifactError: The parameters are not what the plan says.
@@ -166,6 +198,13 @@ def build_report(
         failed=tuple(failed),
         positive_pruned=positive_pruned,
         halted=halted,
+        sizes=Sizes(
+            dense_sizes,
+            code_entropy(model, plan),
+            {each.format: zstd_bytes(Path(each.path).read_bytes()) for each in artifacts},
+        ),
+        exported_epoch=exported_epoch,
+        int8_accuracy=int8_accuracy,
         history=tuple(history),
         versions=dict(versions or {}),
     )

@@ -40,7 +40,7 @@ from toy import Corners, ToyNet, compression, fit
         ({"relevance_epochs": [3, 1]}, "relevance_epochs must be in rising order, got [3, 1]"),
         ({"relevance_epochs": []}, "relevance_epochs must be a list of epochs >= 0"),
         ({"relevance_epochs": 0}, "must be >= 1, got 0"),
-        ({"formats": ("tflite",)}, "formats: expected some of ['onnx', 'safetensors'], got 'tflite'"),
+        ({"formats": ("tflite",)}, "formats: expected some of ['onnx', 'pt2', 'safetensors'], got 'tflite'"),
         ({"formats": "onnx"}, "formats must be a list of strings such as ['onnx']"),
         ({"exclude": "head*"}, "exclude must be a list of strings such as ['head*']"),
         ({"formats": []}, "formats must name each format once, and at least one, got []"),
@@ -113,7 +113,9 @@ def test_a_model_without_compressible_layers_is_refused(tmp_path):
             return self.norm(x).mean((1, 2))[:, :4]
 
     model = Norms()
-    with pytest.raises(CompressionError, match="Norms has nothing to compress: expected at least one Linear or Conv"):
+    with pytest.raises(
+        CompressionError, match="Norms has nothing to compress: expected at least one Linear, convolution"
+    ):
         fit(tmp_path, [compression(tmp_path)], model)
     assert model.losses == []
 

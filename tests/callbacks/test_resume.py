@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_xai_compress import MixedPrecision, Pruning, RelevancePruning
+from lightning_xai_compress import MixedPrecision, Pruning, Quantization, RelevancePruning
 
 from toy import ToyNet, compression, fit
 
@@ -15,22 +15,25 @@ def checkpoints(folder, **settings):
     return ModelCheckpoint(dirpath=folder, filename="{epoch}-{step}", save_top_k=-1, **settings)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+ALL_STATE = {"export": "best", "mode": "max", "quantization": Quantization(activations="int8")}
+
+
+@pytest.fixture(scope="module", params=[{}, ALL_STATE], ids=["last", "best, 8-bit activations"])
+def uninterrupted(request, tmp_path_factory):
     """A run of 8 epochs of 4 batches: pruning from batch 8, quantized from batch 19; checkpoints at every epoch."""
     folder = tmp_path_factory.mktemp("whole")
     saver = checkpoints(folder / "ckpt", every_n_epochs=1)
-    callback = compression(folder, metric="val_acc")
+    callback = compression(folder, metric="val_acc", **request.param)
     model, _ = fit(folder, [callback, saver], enable_checkpointing=True)
-    return folder, model, callback
+    return folder, model, callback, request.param
 
 
 @pytest.mark.parametrize("epoch", range(7))
 def test_a_resumed_fit_ends_bit_for_bit_like_an_uninterrupted_one(uninterrupted, tmp_path, epoch):
     """Epochs 0-1 are warm-up, 2-4 pruning, 4-7 quantized."""
-    folder, model, callback = uninterrupted
+    folder, model, callback, settings = uninterrupted
     checkpoint = folder / "ckpt" / f"epoch={epoch}-step={4 * (epoch + 1)}.ckpt"
-    resumed_callback = compression(tmp_path, metric="val_acc")
+    resumed_callback = compression(tmp_path, metric="val_acc", **settings)
 
     resumed, _ = fit(tmp_path, [resumed_callback], model=ToyNet(), ckpt_path=str(checkpoint))
 

@@ -180,6 +180,22 @@ def test_a_budget_that_is_just_enough_ends():
     assert (allocation["a"].tolist(), allocation["b"].tolist()) == ([8], [2])
 
 
+def test_weights_unknown_in_a_layer_that_is_known_otherwise_count_as_its_mean():
+    torch.manual_seed(0)
+    weight = {"a": weights(6, 8), "b": weights(6, 8)}
+    known = torch.rand(6, 8)
+    known[2:5] = torch.nan
+    filled = torch.where(known.isnan(), known.nanmean(), known)
+    others = torch.rand(6, 8)
+
+    allocation, _ = allocate_bits(weight, score_map({"a": known, "b": others}), average_bits=4.0)
+    expected, _ = allocate_bits(weight, score_map({"a": filled, "b": others}), average_bits=4.0)
+
+    assert torch.equal(allocation["a"], expected["a"])
+    assert torch.equal(allocation["b"], expected["b"])
+    assert int(allocation["a"][2:5].max()) < 8
+
+
 def test_a_budget_that_unknown_channels_exceed_is_refused():
     weight = {"a": weights(6, 8), "b": weights(2, 8)}
     sensitivity = {"a": torch.full((6, 8), torch.nan), "b": torch.ones(2, 8)}

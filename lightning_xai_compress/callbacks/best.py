@@ -1,0 +1,76 @@
+"""The best compressed state of a fit, kept for the export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Best", "Mode"]
+
+Mode = Literal["max", "min"]
+
+
+class Best:
+    """Keeps a copy of the model, on the CPU, from when it was best.
+
+    Args:
+        mode: Whether the largest or the smallest value is best.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self.value: float | None = None
+        self.epoch = 0.0
+        self.weights: dict[str, Tensor] = {}
+        self.latent: dict[str, dict[str, Tensor]] = {}
+
+    def beaten_by(self, value: float) -> bool:
+        """Whether a value is better; NaN never is, and the earlier of equals stays."""
+        if self.value is None:
+            return value == value
+        return value > self.value if self.mode == "max" else value < self.value
+
+    def keep(self, value: float, epoch: float, model: nn.Module, latent: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy the weights, and the masks, widths and scales that go with them."""
+        self.value, self.epoch = value, epoch
+        self.weights = {name: _copy(tensor) for name, tensor in _tensors(model).items()}
+        self.latent = {part: {name: _copy(tensor) for name, tensor in latent[part].items()} for part in latent}
+
+    @contextmanager
+    @torch.no_grad()
+    def loaded(self, model: nn.Module) -> Iterator[None]:
+        """The model holds the best weights inside, and its own again afterwards."""
+        own = {name: tensor.clone() for name, tensor in _tensors(model).items()}
+        try:
+            _fill(model, self.weights)
+            yield
+        finally:
+            _fill(model, own)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain types."""
+        return {"value": self.value, "epoch": self.epoch, "weights": self.weights, "latent": self.latent}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up or begin."""
+        self.value, self.epoch = state.get("value"), state.get("epoch", 0.0)
+        self.weights, self.latent = dict(state.get("weights", {})), dict(state.get("latent", {}))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that a state dict holds, as the model's own tensors."""
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, tensor in _tensors(model).items():
+        tensor.copy_(values[name])
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

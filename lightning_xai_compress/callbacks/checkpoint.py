@@ -1,0 +1,88 @@
+"""The plan of a compressed fit, rebuilt from one of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_xai_compress.errors import ArtifactError
+from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, Skipped
+
+__all__ = ["plan_of"]
+
+_PARTS = ("keep", "bits", "scales")
+
+
+def plan_of(checkpoint: Mapping[str, Any]) -> CompressionPlan:
+    """Rebuild what was decided about a model from a Lightning checkpoint of its compressed fit.
+
+    The weights in `checkpoint["state_dict"]` are the compressed ones: together they are what `save` takes.
+
+    Args:
+        checkpoint: As torch.load gives it.
+
+    Raises:
+        ArtifactError: It is no Lightning checkpoint, of a fit without compression, from before anything was pruned or
+            quantized, or inconsistent.
+    """
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise ArtifactError(
+            "expected a Lightning checkpoint with a 'state_dict', got "
+            f"{sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__}: give a "
+            "file that ModelCheckpoint or trainer.save_checkpoint wrote"
+        )
+    state = _session(checkpoint)
+    parts = {part: dict(state["latent"].get(part, {})) for part in _PARTS}
+    if not parts["keep"] and not parts["bits"]:
+        raise ArtifactError(
+            f"nothing was pruned or quantized yet when this checkpoint was saved ({_moment(checkpoint)}): give one of "
+            "after the compression began, such as the last"
+        )
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            _check(part, name, tensor, weights.get(name))
+    if parts["bits"].keys() != parts["scales"].keys():
+        raise ArtifactError(
+            "the checkpoint is damaged: its bit widths and scales name different parameters; use another"
+        )
+    names = dict.fromkeys([*parts["keep"], *parts["bits"]])
+    keep = {name: parts["keep"].get(name, torch.ones_like(weights[name], dtype=torch.bool)) for name in names}
+    sizes = {name: weights[name][0].numel() for name in parts["bits"]}
+    allocation = BitAllocation(parts["bits"], sizes) if sizes else None
+    skipped = tuple(Skipped(**entry) for entry in state.get("skipped", ()))
+    return CompressionPlan(Mask(keep), allocation, parts["scales"], skipped, dict(state.get("provenance") or {}))
+
+
+def _session(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """State of the callback that led the compression; the others of this package have none."""
+    callbacks = checkpoint.get("callbacks") or {}
+    for state in callbacks.values():
+        if isinstance(state, Mapping) and isinstance(state.get("latent"), Mapping):
+            return state
+    found = ", ".join(sorted(str(name).partition("{")[0] for name in callbacks))  # settings follow the brace
+    raise ArtifactError(
+        f"the checkpoint is of a fit without compression: expected the state of XAICompression, or of its stages, "
+        f"among its callbacks, got {found or 'none'}; give a full checkpoint (not "
+        "save_weights_only=True) of a fit with XAICompression in Trainer(callbacks=[...])"
+    )
+
+
+def _check(part: str, name: str, tensor: Tensor, weight: object) -> None:
+    if not isinstance(weight, Tensor):
+        raise ArtifactError(
+            f"the checkpoint compressed {name}, but its state_dict lacks it: it is of two models; use another"
+        )
+    wanted = weight.shape if part == "keep" else weight.shape[:1]
+    if tensor.shape != wanted:
+        raise ArtifactError(
+            f"the checkpoint is damaged: {part} of {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted)}; "
+            "use another"
+        )
+
+
+def _moment(checkpoint: Mapping[str, Any]) -> str:
+    return f"epoch {checkpoint.get('epoch', '?')}, step {checkpoint.get('global_step', '?')}"

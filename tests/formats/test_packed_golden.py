@@ -1,0 +1,141 @@
+"""Version 1 is frozen: a file that was written once is read for ever, and an independent reader agrees."""
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_xai_compress.formats import packed
+from lightning_xai_compress.formats.packed import load_compressed, pack
+from lightning_xai_compress.plan import CompressionPlan, Mask
+
+from packed_golden import VERSIONS, golden
+from packed_nets import assert_same, compressed, quantize
+from packed_reader import read
+
+GOLDEN = Path(__file__).parent / "golden" / "v1.safetensors"
+SHA256 = "3efa4eb62d101e3b702f632a6eb8882eccd95235ea048faac3ee32644dd8717c"
+ZLIB = "1.2.13"  # that deflated it
+
+
+def as_tensors(data):
+    """What the independent reader makes of a file."""
+    return {
+        name: torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(getattr(torch, dtype)).view(shape)
+        if content
+        else torch.empty(shape, dtype=getattr(torch, dtype))
+        for name, (dtype, shape, content) in read(data)[0].items()
+    }
+
+
+def bits(tensor):
+    return tensor.detach().reshape(-1).view(torch.uint8).tolist()
+
+
+def assert_same_bits(state, expected):
+    assert list(state) == list(expected)
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype, name
+        assert state[name].shape == tensor.shape, name
+        assert bits(state[name]) == bits(tensor), name
+
+
+def unfolded(data):
+    """The parts of a file with all that zlib deflated unfolded."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    places = {name: header[name]["data_offsets"] for name in ("stream", "rest", "index")}
+    parts = {name: data[start + first : start + end] for name, (first, end) in places.items()}
+    index = json.loads(zlib.decompress(parts["index"]))
+    lengths = index.pop("planes")
+    return parts["stream"], index, [length > 0 for length in lengths]
+
+
+def test_the_golden_file_is_the_one_that_was_frozen():
+    assert hashlib.sha256(GOLDEN.read_bytes()).hexdigest() == SHA256
+
+
+def test_the_golden_file_is_read():
+    model = golden()[0]
+
+    assert_same_bits(load_compressed(GOLDEN), positive_zeros(model))
+
+
+def positive_zeros(model):
+    """The state dict as a file gives it back: zeros of quantized and pruned tensors are positive."""
+    names = {"tied", *(name for name in model.state_dict() if "weight" in name or "pruned" in name)}
+    return {name: tensor + 0.0 if name in names else tensor for name, tensor in model.state_dict().items()}
+
+
+def test_the_golden_file_holds_every_kind_of_tensor():
+    index = read(GOLDEN.read_bytes())[1]
+
+    rows = [tuple(row[1:2] + row[3:]) for row in index["tensors"] if len(row) > 2]
+    assert {(dtype, 1) for dtype in ("float32", "float64", "float16", "bfloat16")} <= set(rows)
+    assert {("float32", 2), ("float32", 2, "float16"), ("bfloat16", 2)} <= set(rows)
+    assert {("float32", 0), ("float32", 0, "float16"), ("int64", 0), ("bool", 0), ("bfloat16", 0)} <= set(rows)
+    assert ["conv.weight", 0] in index["tensors"]
+    assert {width for width, _ in index["contexts"]} == {1, 2, 3, 4, 5, 6, 7, 8}
+    assert index["provenance"] == {"criterion": "lrp", "note": "größe"}
+    assert index["versions"] == VERSIONS
+
+
+def test_a_reader_written_from_the_documentation_agrees():
+    assert_same_bits(load_compressed(GOLDEN), as_tensors(GOLDEN.read_bytes()))
+
+
+def several(model):
+    generator = torch.Generator().manual_seed(0)
+    model.register_buffer("long", torch.randn(1_200_000, generator=generator))
+    model.register_buffer("long_half", torch.randn(2_200_000, generator=generator).half().float())
+    return model, CompressionPlan(Mask({}))
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    model[1].weight = model[0].weight
+    return model, quantize(model, ["1.weight"])
+
+
+@pytest.mark.parametrize(
+    "make", [compressed, tied, lambda: compressed(classes=300), lambda: several(nn.Module())], ids=range(4)
+)
+def test_a_reader_written_from_the_documentation_agrees_on_other_files(tmp_path, make):
+    data = pack(*make())
+    (tmp_path / "m").write_bytes(data)
+
+    assert_same_bits(load_compressed(tmp_path / "m"), as_tensors(data))
+
+
+def test_writing_the_golden_model_gives_the_same_content(monkeypatch):
+    """Not the same bytes on every machine: another zlib deflates to other bytes, and so to other digests."""
+    monkeypatch.setattr(packed, "_versions", lambda: VERSIONS)
+    data = pack(*golden())
+
+    assert unfolded(data) == unfolded(GOLDEN.read_bytes())
+    assert_same_bits(as_tensors(data), as_tensors(GOLDEN.read_bytes()))
+    assert abs(len(data) - GOLDEN.stat().st_size) < 64
+
+
+@pytest.mark.skipif(zlib.ZLIB_RUNTIME_VERSION != ZLIB, reason="another zlib may deflate to other bytes")
+def test_writing_the_golden_model_gives_the_same_bytes(monkeypatch):
+    monkeypatch.setattr(packed, "_versions", lambda: VERSIONS)
+
+    assert pack(*golden()) == GOLDEN.read_bytes()
+
+
+def test_the_golden_file_fills_its_model():
+    model, _ = golden()
+    fresh, _ = golden()
+    with torch.no_grad():
+        for tensor in fresh.state_dict().values():
+            tensor.zero_()
+
+    assert load_compressed(GOLDEN, fresh) is fresh
+    assert_same(fresh.state_dict(), model)
+    assert fresh.tied is fresh.conv.weight
