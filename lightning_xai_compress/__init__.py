@@ -1,7 +1,7 @@
 """PyTorch Lightning callbacks that compress a network by what its decisions rest on.
 
-Names are resolved lazily: `from lightning_xai_compress import load_compressed` needs torch, numpy, safetensors and
-constriction alone, so that it runs on the machine that deploys.
+Names are resolved lazily: `from lightning_xai_compress import load_compressed` needs torch, numpy and constriction
+alone, so that it runs on the machine that deploys.
 """
 
 from importlib import import_module

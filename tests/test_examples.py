@@ -69,18 +69,24 @@ def test_the_callback_is_added_on_the_command_line_and_printed_configs_run(tmp_p
         "--model=DigitsNet", "--data=DigitsData", "--trainer.max_epochs=2", "--trainer.logger=false",
         "--trainer.callbacks+=XAICompression", "--trainer.callbacks.sparsity=0.7",
         "--trainer.callbacks.pruning.steps=3", "--trainer.callbacks.metric=val_acc",
+        "--trainer.callbacks.files.onnx_bits=[4, 8]", "--trainer.callbacks.files.float16=true",
+        "--trainer.callbacks.quantization.activations=int8", "--trainer.callbacks.export=best",
+        "--trainer.callbacks.mode=max", '--trainer.callbacks.formats=["safetensors", "onnx"]',
     ]  # fmt: skip
     printed = cli(*arguments, "--print_config", cwd=tmp_path).stdout
     settings = yaml.safe_load(printed)["trainer"]["callbacks"][0]
     assert settings["class_path"] == "lightning_xai_compress.XAICompression"
     assert settings["init_args"]["sparsity"] == 0.7
     assert settings["init_args"]["pruning"] == {"steps": 3}
+    assert settings["init_args"]["files"]["onnx_bits"] == [4, 8]
     (tmp_path / "printed.yaml").write_text(printed)
 
     cli("-c", "printed.yaml", cwd=tmp_path)
 
     report = json.loads((tmp_path / "compressed/report.json").read_text())
     assert report["sparsity"] == pytest.approx(0.7, abs=1e-4)
+    assert report["exported_epoch"] == 2
+    assert [each["format"] for each in report["artifacts"]] == ["safetensors", "onnx"]
 
 
 def test_a_typo_in_the_config_names_the_key(tmp_path):

@@ -24,7 +24,7 @@ from lightning_xai_compress.formats.onnx_check import (
     compare,
     onnx_session,
 )
-from lightning_xai_compress.formats.onnx_fold import fold_batchnorm
+from lightning_xai_compress.formats.onnx_fold import fold_batchnorm, pool_globally
 from lightning_xai_compress.formats.onnx_graph import INT2_VERSIONS, INT4_VERSIONS, holds_float, quantize_input, readers
 from lightning_xai_compress.formats.onnx_int8 import quantize_activations
 from lightning_xai_compress.formats.onnx_read import read_onnx
@@ -71,6 +71,7 @@ def write_onnx(
         # from opset 23 on, the exporter emits Attention, and onnxruntime refuses some of its masks
         opset = INT4_VERSIONS[0]
         proto = trace(model, examples[0], inputs, weights=list(codes), outputs=list(expected[0]), opset=opset)
+    pool_globally(proto)
     # opsets 22 to 25 add types and operators, and change none
     standard = next(entry for entry in proto.opset_import if not entry.domain)
     standard.version, proto.ir_version = _versions(plan, files)

@@ -16,7 +16,7 @@ __all__ = ["read_packed"]
 
 
 def read_packed(path: Path) -> Contents:
-    """Tell what a file holds: every stored tensor once, under the first of its names.
+    """Tell what a file holds: every key of the state dict; one that shares another's tensor takes no bytes.
 
     The bytes of all tensors and those of header and index add up to the size of the file. The stream is shared by what
     each tensor takes of it, to the bit, with the tables in proportion; a chunk of the rest by how many of its numbers
@@ -29,6 +29,7 @@ def read_packed(path: Path) -> Contents:
     with open_packed(path) as file:
         provenance = _provenance(file)
         made = list(decode(file).values())
+        stored = file.stored
         stream, rest = (file.container.places[part][1] for part in ("stream", "rest"))
     place = np.array([tensor.rest_bytes for tensor in made])
     coded = np.array([tensor.widths is not None or tensor.stream_bits > 0 for tensor in made], np.float64)
@@ -36,12 +37,12 @@ def read_packed(path: Path) -> Contents:
     place += bits * (stream / bits.sum()) if bits.any() else 0.0
     assert not made or abs(place.sum() - stream - rest) < 0.5
     sizes = _whole(place)
-    order = {name: position for position, name in enumerate(file.stored)}
-    tensors = [
-        Stored(tensor.entry.name, tensor.values, _widths(tensor), size)
-        for tensor, size in zip(made, sizes, strict=True)
-    ]
-    return Contents(tuple(sorted(tensors, key=lambda tensor: order[tensor.name])), provenance)
+    found = {tensor.entry.name: (tensor, size) for tensor, size in zip(made, sizes, strict=True)}
+    tensors = []
+    for name, first in stored.items():
+        tensor, size = found[first]
+        tensors.append(Stored(name, tensor.values, _widths(tensor), size if name == first else 0))
+    return Contents(tuple(tensors), provenance)
 
 
 def _whole(sizes: NDArray[np.float64]) -> list[int]:

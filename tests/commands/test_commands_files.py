@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_xai_compress.formats import FORMATS, Contents, Stored
+from lightning_xai_compress.formats import FORMATS, Contents, Inputs, Stored, save
+from lightning_xai_compress.plan import CompressionPlan, Mask
 
 SHAPE = ("--input-shape", "3,1,6,6")
 
@@ -139,3 +141,25 @@ def test_verify_of_onnx_asks_for_the_model(compressed, run):
 
     assert code == 1
     assert "give --model module:Class, so that outputs can be compared" in err
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens).mean(1))
+
+
+@pytest.mark.parametrize("name", ["safetensors", "pt2"])
+def test_verify_takes_tied_weights_for_the_same(tmp_path, run, name):
+    model = Tied()
+    plan = CompressionPlan(Mask({"embed.weight": torch.ones(6, 4, dtype=torch.bool)}))
+    save(model, plan, tmp_path, formats=[name], examples=[Inputs((torch.zeros(2, 3, dtype=torch.long),))])
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "tied.ckpt")
+
+    code, out, _ = run("verify", tmp_path / f"model.{name}", "--against", tmp_path / "tied.ckpt")
+
+    assert (code, out.splitlines()[-1]) == (0, "the same")

@@ -74,6 +74,15 @@ def test_other_layers_are_folded(tmp_path, model, shape):
     check(trained_norms(model), torch.randn(shape), tmp_path / "m.onnx")
 
 
+class Mean(nn.Module):
+    def __init__(self, dims, keepdim):
+        super().__init__()
+        self.dims, self.keepdim = dims, keepdim
+
+    def forward(self, x):
+        return x.mean(self.dims, keepdim=self.keepdim)
+
+
 class TwiceUsed(nn.Module):
     """One convolution before two norms; a second one whose output is also read by a sum."""
 
@@ -112,3 +121,30 @@ def test_the_bias_keeps_its_name_and_one_is_made_where_there_was_none(tmp_path):
     assert not {name for name in names if name.startswith(("1.", "4."))}  # the norms
     assert storage(tmp_path / "m.onnx").keys() == {"0.weight", "3.weight", "6.weight", "9.weight"}
     assert onnx_session(tmp_path / "m.onnx").get_inputs()[0].name == "input"
+
+
+@pytest.mark.parametrize(
+    ("pool", "shape", "operator"),
+    [
+        (nn.AdaptiveAvgPool2d(1), (2, 3, 6, 5), "GlobalAveragePool"),
+        (nn.AdaptiveAvgPool1d(1), (2, 3, 6), "GlobalAveragePool"),
+        (nn.AdaptiveAvgPool3d(1), (2, 3, 4, 4, 4), "GlobalAveragePool"),
+        (Mean((2, 3), keepdim=True), (2, 3, 6, 5), "GlobalAveragePool"),
+        (Mean((1, 3), keepdim=True), (2, 3, 6, 5), "ReduceMean"),  # over channels
+        (Mean((3,), keepdim=True), (2, 3, 6, 5), "ReduceMean"),
+        (Mean((2, 3), keepdim=False), (2, 3, 6, 5), "ReduceMean"),
+    ],
+    ids=str,
+)
+def test_means_over_all_positions_are_pooling(tmp_path, pool, shape, operator):
+    torch.manual_seed(0)
+    convolution = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](3, 4, 1)
+    model = nn.Sequential(convolution, pool).eval()
+
+    check(model, torch.randn(shape), tmp_path / "m.onnx")
+
+    found = {"ReduceMean", "GlobalAveragePool"} & set(operators(tmp_path / "m.onnx"))
+    assert found == {operator}
+    x = torch.randn(5, *shape[1:])
+    got = onnx_session(tmp_path / "m.onnx").run(None, {"input": x.numpy()})[0]
+    np.testing.assert_allclose(got, model(x).detach().numpy(), atol=1e-6)

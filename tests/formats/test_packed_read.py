@@ -16,7 +16,7 @@ def with_provenance(plan, provenance):
     return CompressionPlan(plan.mask, plan.allocation, plan.scales, plan.skipped, provenance)
 
 
-def test_every_stored_tensor_is_told_once_with_its_values(tmp_path):
+def test_every_key_is_told_with_its_values_and_shared_tensors_take_their_bytes_once(tmp_path):
     model, plan = compressed()
     model.again = model.norm
     (tmp_path / "m").write_bytes(pack(model, plan))
@@ -24,7 +24,10 @@ def test_every_stored_tensor_is_told_once_with_its_values(tmp_path):
     contents = read_packed(tmp_path / "m")
 
     state = model.state_dict()
-    assert [tensor.name for tensor in contents.tensors] == [name for name in state if not name.startswith("again.")]
+    assert [tensor.name for tensor in contents.tensors] == list(state)
+    assert not any(tensor.bytes for tensor in contents.tensors if tensor.name.startswith("again."))
+    size = packed_size(model, plan)
+    assert sum(tensor.bytes for tensor in contents.tensors) == size.total - size.metadata
     for tensor in contents.tensors:
         assert tensor.values.dtype == state[tensor.name].dtype
         assert torch.equal(tensor.values, state[tensor.name])
