@@ -20,6 +20,14 @@ COST_CHECKS = {
 }  # fmt: skip
 
 
+EXPORT_CHECKS = {
+    "int8_latency_resnet18_b1", "int8_latency_resnet18_b16", "int8_latency_transformer_b16",
+    "int8_size_over_weight_only", "int8_accuracy_drop", "folded_latency_resnet18_b1", "folded_relative_error",
+    "packed_over_entropy", "metadata_share_resnet18", "packed_over_zstd_bitpacked", "packed_over_zstd_onnx",
+    "decode_mb_per_s", "decode_memory", "reload_difference",
+}  # fmt: skip
+
+
 @pytest.fixture
 def load(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -49,6 +57,30 @@ def test_the_cost_of_relevance_is_measured_and_its_flops_keep_their_limits(tmp_p
     assert peaks[0] == pytest.approx(peaks[-1], rel=0.05)
     assert (tmp_path / "cost.png").stat().st_size > 10_000
     assert all(name in result.stdout for name in COST_CHECKS)
+
+
+@pytest.mark.slow
+def test_files_are_measured_and_what_is_no_timing_keeps_its_limits(tmp_path):
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / "export_bench.py", "--quick", "--output", tmp_path / "export.json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+    content = json.loads((tmp_path / "export.json").read_text())
+    checks, limits = content["checks"], content["limits"]
+    assert checks.keys() == limits.keys() == EXPORT_CHECKS
+    assert all(math.isfinite(each) for each in checks.values())
+    assert checks["reload_difference"] == 0
+    for name in EXPORT_CHECKS - {name for name in EXPORT_CHECKS if "latency" in name or "decode" in name}:
+        # the short training makes an accuracy of its own
+        assert checks[name] <= limits[name] or name == "int8_accuracy_drop", name
+    for model in ("resnet18", "transformer"):
+        for batch in ("batch_1", "batch_16"):
+            latencies = content["models"][model]["latency"][batch]
+            assert latencies.keys() == {"fp32", "fp32_again", "folded", "default_options", "int8"}
+            assert all(len(each["wall"]) == content["settings"]["rounds"] for each in latencies.values())
+    assert all(name in result.stdout for name in EXPORT_CHECKS)
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from lightning_xai_compress.plan import CompressionPlan
 __all__ = ["check_pt2", "read_pt2", "write_pt2"]
 
 TOLERANCE = 1e-5
-"""Largest difference of an output, relative to the largest: the same weights, but kernels may sum in another order."""
+"""Largest difference of an output, relative to the largest: kernels may sum in another order."""
 
 _FILES = Files()
 

@@ -57,6 +57,9 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
         self.order_in_memory = memory_order(weight)
+        single = any(length == 1 for length in weight.shape)
+        dense = torch.empty_like(weight).stride() == weight.stride()  # no gaps between numbers, and none twice
+        self.strides = weight.stride() if single and dense else None
         rows = len(weight)
         codes = integer_codes(name, weight, scale, bits).reshape(rows, -1)
         self.columns = codes.shape[1] if rows else 0
@@ -88,7 +91,9 @@ class PackedWeight(nn.Module):
         # kernels, and with them the last bits of the outputs, depend on strides
         back = [self.order_in_memory.index(index) for index in range(len(self.shape))]
         laid_out: Tensor = weight.permute(self.order_in_memory).clone(memory_format=torch.contiguous_format)
-        return laid_out.permute(back)
+        laid_out = laid_out.permute(back)
+        # a dimension of length 1 may have any stride, and kernels look at that, too
+        return laid_out if self.strides is None else laid_out.as_strided(self.shape, self.strides)
 
     def _codes(self, width: int, count: int) -> Tensor:
         numbers: Tensor | None = None

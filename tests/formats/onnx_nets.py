@@ -13,6 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from lightning_xai_compress.formats.onnx import check_onnx, write_onnx
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask
 
+from traced_nets import cnn
+
 INTEGERS = {onnx.TensorProto.INT2: 2, onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}
 
 
@@ -90,20 +92,6 @@ def storage(path):
 
 def operators(path):
     return [node.op_type for node in onnx.load(path).graph.node]
-
-
-def cnn():
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.Conv2d(8, 12, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)),
-    )
-    for module in net:
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-1, 1)
-            module.running_var.uniform_(0.5, 2)
-    return net
 
 
 class Reused(nn.Module):

@@ -8,6 +8,8 @@ from torch import nn
 from lightning_xai_compress.formats.pt2 import check_pt2, write_pt2
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask
 
+from traced_nets import cnn
+
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 
@@ -39,19 +41,6 @@ def export(model, plan, path, *examples):
 
 def loaded(path):
     return torch.export.load(str(path)).module()
-
-
-def cnn():
-    net = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.Conv2d(8, 12, 3, groups=4), nn.BatchNorm2d(12), nn.ReLU()),
-        *(nn.Conv2d(12, 12, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)),
-    )
-    for module in net:
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-1, 1)
-            module.running_var.uniform_(0.5, 2)
-    return net
 
 
 class Reused(nn.Module):

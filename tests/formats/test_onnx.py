@@ -9,7 +9,8 @@ from lightning_xai_compress.formats.onnx import TOLERANCE, write_onnx
 from lightning_xai_compress.formats.registry import FORMATS, Inputs
 from lightning_xai_compress.plan import CompressionPlan, Mask
 
-from onnx_nets import NETWORKS, STORED, cnn, decode, export, fused_weights, operators, plain_output, quantize, storage
+from onnx_nets import NETWORKS, STORED, decode, export, fused_weights, operators, plain_output, quantize, storage
+from traced_nets import cnn
 
 onnx = pytest.importorskip("onnx")
 

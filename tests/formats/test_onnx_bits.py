@@ -11,7 +11,8 @@ from lightning_xai_compress.formats.onnx import TOLERANCE, read_onnx, write_onnx
 from lightning_xai_compress.formats.onnx_check import check_onnx
 from lightning_xai_compress.formats.registry import Files, Inputs, save
 
-from onnx_nets import NETWORKS, cnn, fused_weights, quantize, storage
+from onnx_nets import NETWORKS, fused_weights, quantize, storage
+from traced_nets import cnn
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from lightning_xai_compress.formats.codes import integer_codes
 from lightning_xai_compress.formats.onnx import onnx_session
 from lightning_xai_compress.formats.registry import Inputs
 
-from onnx_nets import cnn, decode, export, fused_weights, operators, quantize, storage, stored_codes
+from onnx_nets import decode, export, fused_weights, operators, quantize, storage, stored_codes
+from traced_nets import cnn
 
 
 def trained_norms(model):

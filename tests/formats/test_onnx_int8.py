@@ -12,7 +12,8 @@ from lightning_xai_compress.formats.onnx import read_onnx, write_onnx
 from lightning_xai_compress.formats.onnx_int8 import quantize_activations
 from lightning_xai_compress.formats.registry import Files, Inputs
 
-from onnx_nets import NETWORKS, Reused, cnn, decode, operators, quantize
+from onnx_nets import NETWORKS, Reused, decode, operators, quantize
+from traced_nets import cnn
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

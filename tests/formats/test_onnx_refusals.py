@@ -9,7 +9,8 @@ from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats import onnx as onnx_format
 from lightning_xai_compress.formats.registry import Inputs
 
-from onnx_nets import cnn, export, quantize, storage
+from onnx_nets import export, quantize, storage
+from traced_nets import FixedBatch, OnData, SecondReference, cnn
 
 onnx = pytest.importorskip("onnx")
 
@@ -19,15 +20,6 @@ def test_without_examples_the_error_asks_for_one(tmp_path):
 
     with pytest.raises(ArtifactError, match=r"traces the model with an example.*pass examples=\[Inputs\(\(x,\)\)\]"):
         export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [])
-
-
-class OnData(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.fc(x) if x.sum() > 0 else self.fc(-x)
 
 
 def test_a_model_that_branches_on_data_is_refused_with_the_reason(tmp_path, capfd):
@@ -44,11 +36,6 @@ def test_a_model_that_branches_on_data_is_refused_with_the_reason(tmp_path, capf
     assert "\n" not in str(caught.value)
     assert model.training
     assert capfd.readouterr() == ("", "")
-
-
-class FixedBatch(OnData):
-    def forward(self, x):
-        return self.fc(x).reshape(3, 2)
 
 
 def test_a_fixed_batch_is_refused_by_the_name_of_the_input(tmp_path):
@@ -102,16 +89,6 @@ def test_a_plan_of_another_model_is_refused(tmp_path):
 
     with pytest.raises(ArtifactError, match=r"the plan names what Linear lacks: 0\.weight"):
         export(nn.Linear(4, 3), plan, tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
-
-
-class SecondReference(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-        self.weights = [self.fc.weight]
-
-    def forward(self, x):
-        return x @ self.weights[0].t()
 
 
 def test_a_weight_that_stays_float_in_the_graph_is_refused_by_name(tmp_path):

@@ -16,7 +16,8 @@ from lightning_xai_compress.formats.pt2 import check_pt2, read_pt2, write_pt2
 from lightning_xai_compress.formats.registry import FORMATS, Inputs, save
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, Skipped
 
-from pt2_nets import NETWORKS, WIDTHS, Reused, cnn, export, loaded, quantize
+from pt2_nets import NETWORKS, WIDTHS, Reused, export, loaded, quantize
+from traced_nets import cnn
 
 MULTIPLIED = ("aten.linear", "aten.conv", "aten.embedding", "aten.matmul")
 
@@ -344,3 +345,16 @@ def test_the_format_is_registered_and_saves(tmp_path):
 
     assert artifact.max_abs_diff == 0.0
     assert artifact.bytes == (tmp_path / "model.pt2").stat().st_size
+
+
+def test_outputs_are_equal_where_a_dimension_of_length_1_has_a_stride_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3, 2), nn.ReLU(), nn.Conv2d(48, 8, 3))
+    model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    export(model, quantize(model), tmp_path / "model.pt2", Inputs((torch.randn(2, 1, 28, 28),)))
+
+    run = loaded(tmp_path / "model.pt2")
+
+    for batch in (1, 3, 16):
+        x = torch.randn(batch, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+        assert torch.equal(run(x), model(x))

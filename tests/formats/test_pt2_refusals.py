@@ -13,7 +13,8 @@ from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.pt2 import check_pt2, read_pt2
 from lightning_xai_compress.formats.registry import Inputs
 
-from pt2_nets import cnn, export, quantize
+from pt2_nets import export, quantize
+from traced_nets import FixedBatch, OnData, SecondReference, cnn
 
 
 def test_without_examples_the_error_asks_for_one(tmp_path):
@@ -21,15 +22,6 @@ def test_without_examples_the_error_asks_for_one(tmp_path):
 
     with pytest.raises(ArtifactError, match=r"the format 'pt2' traces the model.*pass examples=\[Inputs\(\(x,\)\)\]"):
         export(model, quantize(model), tmp_path / "m.pt2")
-
-
-class OnData(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.fc(x) if x.sum() > 0 else self.fc(-x)
 
 
 def test_a_model_that_branches_on_data_is_refused_with_the_reason(tmp_path, capfd):
@@ -45,25 +37,11 @@ def test_a_model_that_branches_on_data_is_refused_with_the_reason(tmp_path, capf
     assert capfd.readouterr() == ("", "")
 
 
-class FixedBatch(OnData):
-    def forward(self, x):
-        return self.fc(x).reshape(3, 2)
-
-
 def test_a_fixed_batch_is_refused_by_the_name_of_the_input(tmp_path):
     model = FixedBatch()
 
     with pytest.raises(ArtifactError, match=r"Constraints violated \(x\.size\(\)\[0\]\).*no fixed batch size"):
         export(model, quantize(model), tmp_path / "m.pt2", Inputs((torch.randn(3, 4),)))
-
-
-class SecondReference(OnData):
-    def __init__(self):
-        super().__init__()
-        self.weights = [self.fc.weight]
-
-    def forward(self, x):
-        return x @ self.weights[0].t()
 
 
 def test_a_weight_that_stays_float_in_the_graph_is_refused_by_name(tmp_path):
@@ -91,7 +69,7 @@ def test_a_weight_off_its_grid_is_refused_by_name(tmp_path):
     with torch.no_grad():
         model[6].weight[3, 2] += 0.3 * plan.scales["6.weight"][3]
 
-    with pytest.raises(ArtifactError, match=r"6\.weight does not lie on its grid: 1 of 144 .* channel 3"):
+    with pytest.raises(ArtifactError, match=r"6\.weight does not lie on its grid: 1 of 96 .* channel 3"):
         export(model, plan, tmp_path / "m.pt2", Inputs((torch.randn(2, 3, 8, 8),)))
     assert not (tmp_path / "m.pt2").exists()
 
