@@ -67,7 +67,8 @@ def compare(
 def silence() -> None:
     """Keep Lightning's tips out of a demo's output."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    for category in (UserWarning, FutureWarning):  # the latter are of libraries about one another
+        warnings.filterwarnings("ignore", category=category)
 
 
 def _fit(

@@ -296,3 +296,8 @@ def test_random_inputs_give_no_activation_ranges(compressed, run):
 
     assert code == 1
     assert "give real ones with --inputs FILE instead of --input-shape" in err
+
+
+def test_the_last_checkpoint_gives_the_very_file_that_the_fit_ended_with(compressed):
+    """`compressed` holds what the callback wrote, and `again` what the command made of last.ckpt."""
+    assert (compressed / "again/model.safetensors").read_bytes() == (compressed / "model.safetensors").read_bytes()
