@@ -62,7 +62,8 @@ def find_layers(model: nn.Module, *, exclude: Sequence[str] = ()) -> Layers:
         if reason is None:
             continue
         label = layer or type(module).__name__
-        weights = [each for each in map(module._parameters.get, _weight_keys(module)) if each is not None]
+        held = dict(module._parameters)
+        weights = [each for each in map(held.get, _weight_keys(module)) if each is not None]
         own = [first_name[id(each)] for each in weights] or [f"{layer}.weight".lstrip(".")]
         members = [each for each in module._parameters.values() if each is not None]
         hits = {pattern for pattern in exclude if any(fnmatchcase(name, pattern) for name in (layer, *own))}
@@ -159,6 +160,8 @@ def tensor_places(model: nn.Module) -> dict[str, str]:
 
 def _why_not(module: nn.Module) -> str | None:
     """Say "" for a compressible layer, a reason for one with weights that is not, None for what has no weights."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted by torch.jit: neither scored nor quantized" if [*module.parameters(recurse=False)] else None
     if isinstance(module, _RECURRENT):
         return "recurrent layer: neither scored nor quantized"
     if isinstance(module, nn.Embedding) and module.sparse:

@@ -150,3 +150,12 @@ def test_a_tied_weight_is_scored_once_under_its_first_name():
 def test_what_is_no_module_has_no_layers(find):
     with pytest.raises(TypeError, match=r"the model must be a torch\.nn\.Module, got a list"):
         find([nn.Linear(2, 2)])
+
+
+def test_scripted_layers_are_named_and_left_alone():
+    model = nn.Sequential(torch.jit.script(nn.Linear(3, 3)), nn.ReLU(), nn.Linear(3, 2))
+
+    layers = find_layers(model)
+
+    assert layers.names == ("2.weight",)
+    assert reasons(layers) == {"0": "scripted by torch.jit: neither scored nor quantized"}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 __all__ = ["Best", "Mode"]
@@ -19,10 +20,12 @@ class Best:
 
     Args:
         mode: Whether the largest or the smallest value is best.
+        metric: What is measured.
     """
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, metric: str = "") -> None:
         self.mode = mode
+        self.of = f"{mode} {metric}".strip()
         self.value: float | None = None
         self.epoch = 0.0
         self.weights: dict[str, Tensor] = {}
@@ -53,10 +56,13 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain types."""
-        return {"value": self.value, "epoch": self.epoch, "weights": self.weights, "latent": self.latent}
+        return {"of": self.of, "value": self.value, "epoch": self.epoch, "weights": self.weights, "latent": self.latent}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up or begin."""
+        """Take up or begin; what was best by another measure is no start."""
+        if state and state.get("of") != self.of:
+            rank_zero_warn(f"export='best' begins anew: the checkpoint's best was by {state.get('of')}, not {self.of}")
+            state = {}
         self.value, self.epoch = state.get("value"), state.get("epoch", 0.0)
         self.weights, self.latent = dict(state.get("weights", {})), dict(state.get("latent", {}))
 

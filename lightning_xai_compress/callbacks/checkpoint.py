@@ -59,7 +59,8 @@ def plan_of(checkpoint: Mapping[str, Any]) -> CompressionPlan:
 
 def _session(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """State of the callback that led the compression; the others of this package have none."""
-    callbacks = checkpoint.get("callbacks") or {}
+    callbacks = checkpoint.get("callbacks")
+    callbacks = callbacks if isinstance(callbacks, Mapping) else {}
     for state in callbacks.values():
         if isinstance(state, Mapping) and isinstance(state.get("latent"), Mapping):
             return state

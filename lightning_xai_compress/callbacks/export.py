@@ -250,13 +250,19 @@ class CompressedExport(CompressionCallback, Stage):
         traced = self._traced()
         if not traced:
             return
-        examples = example_inputs(session, traced)
+        problems: dict[str, ArtifactError] = {}
+        if "onnx" in traced and any(each.dtype == torch.bfloat16 for each in session.module.parameters()):
+            reason = "onnxruntime has no bfloat16 kernels on the CPU; train in float32, or with bf16-mixed"
+            problems["onnx"] = ArtifactError(reason)
         try:
-            check_traceable(session.module, examples)
+            check_traceable(session.module, example_inputs(session, traced))
         except ArtifactError as error:
-            if traced == self.formats:
-                raise
-            rank_zero_warn(f"{' and '.join(map(repr, traced))} will probably not be written: {error}")
+            problems = dict.fromkeys(traced, error)
+        if len(problems) == len(self.formats):
+            raise next(iter(problems.values()))
+        for problem in dict.fromkeys(problems.values()):
+            names = [repr(name) for name in traced if problems.get(name) is problem]
+            rank_zero_warn(f"{' and '.join(names)} will probably not be written: {problem}")
 
     def _keep_best(self, session: Session) -> None:
         """After a validation: a copy of the weights, if they are compressed and better than before."""
@@ -333,4 +339,5 @@ def _best(export: str, mode: str | None, metric: Metric | str | None) -> Best | 
     higher = getattr(metric, "higher_is_better", None)
     if mode is None and higher is None:
         raise ValueError(f"export='best' needs mode='max' or 'min': {metric!r} does not tell which is better")
-    return Best(mode or ("max" if higher else "min"))  # type: ignore[arg-type]
+    name = metric if isinstance(metric, str) else type(metric).__name__
+    return Best(mode or ("max" if higher else "min"), name)  # type: ignore[arg-type]

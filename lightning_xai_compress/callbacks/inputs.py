@@ -6,19 +6,22 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_xai_compress.callbacks.calibration import calibration_batches
+from lightning_xai_compress.callbacks.calibration import calibration_batches, training_batch_size
 from lightning_xai_compress.callbacks.session import Session
-from lightning_xai_compress.errors import RelevanceError
-from lightning_xai_compress.formats import Inputs
+from lightning_xai_compress.errors import ArtifactError, RelevanceError
+from lightning_xai_compress.formats import Inputs, check_call
 from lightning_xai_compress.relevance import split_batch
 
 __all__ = ["example_inputs"]
 
 _SLICES = (slice(0, 2), slice(2, 6), slice(6, 14))
+_BATCHES = 4  # are looked at, for sizes that differ between them
 
 
 def example_inputs(session: Session, formats: tuple[str, ...], *, samples: int = 0) -> list[Inputs]:
-    """A few real inputs of several batch sizes; the module's `example_input_array` where a batch does not tell.
+    """A few real inputs of several batch sizes, and of each other size that some batches have.
+
+    The module's `example_input_array` instead, where a batch does not tell what forward takes.
 
     Args:
         session: Of the fit.
@@ -28,10 +31,18 @@ def example_inputs(session: Session, formats: tuple[str, ...], *, samples: int =
     Raises:
         ValueError: Neither is there.
     """
-    batches = calibration_batches(session.trainer, samples=max(1, samples), seed=session.scoring.seed)
+    # generous, since a dataset may give whole batches of any size
+    most = max(samples, 64 * _BATCHES * training_batch_size(session.trainer))
+    split: list[Inputs] = []
     try:
-        split = [split_batch(batch)[:2] for batch in batches]
-    except RelevanceError as error:
+        for batch in calibration_batches(session.trainer, samples=most, seed=session.scoring.seed):
+            args, kwargs, _ = split_batch(batch)
+            split.append(Inputs(tuple(args), dict(kwargs)))
+            if len(split) >= _BATCHES and sum(map(_length, split)) >= samples:
+                break
+        few = [_slice(split[0], index) for index in _SLICES if _length(split[0]) > index.start]
+        check_call(session.module, few[0])
+    except (RelevanceError, ArtifactError) as error:
         example = session.module.example_input_array
         if example is None:
             raise ValueError(
@@ -41,18 +52,29 @@ def example_inputs(session: Session, formats: tuple[str, ...], *, samples: int =
         if isinstance(example, dict):
             return [Inputs((), example)]
         return [Inputs(tuple(example) if isinstance(example, tuple) else (example,))]
-    args, kwargs = split[0]
-    few = [
-        Inputs(tuple(_slice(arg, index) for arg in args), {key: _slice(arg, index) for key, arg in kwargs.items()})
-        for index in _SLICES
-        if _length(args, kwargs) > index.start
-    ]
-    return [*few, *(Inputs(tuple(args), dict(kwargs)) for args, kwargs in split if samples)]
+    seen = {_sizes(few[0])}
+    for other in split[1:]:
+        if _sizes(other) not in seen:
+            seen.add(_sizes(other))
+            few.append(_slice(other, _SLICES[0]))
+    return [*few, *(split if samples else ())]
 
 
-def _slice(value: Any, index: slice) -> Any:
-    return value[index] if isinstance(value, Tensor) and value.dim() else value
+def _slice(inputs: Inputs, index: slice) -> Inputs:
+    def part(value: Any) -> Any:
+        return value[index] if isinstance(value, Tensor) and value.dim() else value
+
+    return Inputs(tuple(map(part, inputs.args)), {key: part(value) for key, value in (inputs.kwargs or {}).items()})
 
 
-def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    return next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), 1)
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [value for value in (*inputs.args, *(inputs.kwargs or {}).values()) if isinstance(value, Tensor)]
+
+
+def _length(inputs: Inputs) -> int:
+    return next((len(value) for value in _tensors(inputs) if value.dim()), 1)
+
+
+def _sizes(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+    """All but the batch."""
+    return tuple(tuple(value.shape[1:]) for value in _tensors(inputs))

@@ -116,6 +116,8 @@ def _find(name: str) -> Callable[..., Any]:
             f"--model {name}: module {module_name!r} cannot be imported from {directory}: {error}; change to the "
             "folder that holds it"
         ) from error
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(f"--model {name}: {module_name!r} fails to import: {_first_line(error)}; mend it") from error
     for step in attribute.split("."):
         if not hasattr(found, step):
             raise ValueError(f"--model {name}: {module_name} has no {attribute!r}; it has {_classes(found)}")

@@ -31,6 +31,8 @@ def export(arguments: argparse.Namespace) -> int:
         ranges=arguments.ranges,
         float16=arguments.float16,
     )
+    if files.activations and "onnx" not in formats:
+        raise ValueError("--activations is a way to write ONNX: add onnx to --format, or leave --activations out")
     if files.activations and arguments.input_shape:
         raise ValueError(
             "--activations takes ranges from inputs, and random ones would give wrong ranges: give real ones with "

@@ -71,7 +71,10 @@ def inputs_of_shapes(shapes: Sequence[str]) -> Inputs:
     for text in shapes:
         dtype, shape = parse_shape(text)
         integer = not dtype.is_floating_point
-        args.append(torch.zeros(shape, dtype=dtype) if integer else torch.randn(shape, generator=generator))
+        try:
+            args.append(torch.zeros(shape, dtype=dtype) if integer else torch.randn(shape, generator=generator))
+        except RuntimeError as error:
+            raise ValueError(f"--input-shape {text} does not fit into memory: give a smaller one") from error
     return Inputs(tuple(args))
 
 

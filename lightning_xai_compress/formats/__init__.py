@@ -17,7 +17,7 @@ from lightning_xai_compress.formats.registry import (
     write_atomically,
 )
 from lightning_xai_compress.formats.rounding import round_to_float16
-from lightning_xai_compress.formats.tracing import check_traceable
+from lightning_xai_compress.formats.tracing import check_call, check_traceable
 
 __all__ = [
     "FORMATS",
@@ -27,6 +27,7 @@ __all__ = [
     "Format",
     "Inputs",
     "Stored",
+    "check_call",
     "check_formats",
     "check_traceable",
     "code_entropy",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.container import Bytes
@@ -27,6 +28,7 @@ __all__ = [
     "few",
     "fit_name",
     "has_memory",
+    "is_plain",
     "raw_bytes",
     "same",
     "sharing",
@@ -136,6 +138,11 @@ def fit_name(name: object) -> bool:
     if not isinstance(name, str) or len(name) > _LONGEST_NAME or _UNFIT.search(name):
         return False
     return all(name.split("."))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is torch's own tensor, and none of a library's that holds something else, such as integers."""
+    return not is_traceable_wrapper_subclass(tensor)
 
 
 def has_memory(tensor: object) -> bool:

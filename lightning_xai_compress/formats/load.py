@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, overload
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_xai_compress.errors import ArtifactError
-from lightning_xai_compress.formats.layout import CODES, Entry, few, has_memory, same, sharing
+from lightning_xai_compress.formats.layout import CODES, Entry, few, has_memory, is_plain, same, sharing
 from lightning_xai_compress.formats.load_file import Decoded, PackedFile, decode, open_packed
 from lightning_xai_compress.formats.load_torchao import integer_tensor, torchao_class
 
@@ -67,6 +67,8 @@ def load_compressed(
             _check_model(path, file.entries, model)
         stored = file.stored
         weights = _linear_weights(file, model) if integers and model is not None else {}
+        if model is not None:
+            _check_plain(path, model, weights)
         made = decode(file, {stored[name] for name in weights})
     state = {name: made[key].values for name, key in stored.items() if name not in weights}
     if model is None:
@@ -76,6 +78,16 @@ def load_compressed(
     _fill(path, model, state)
     _replace(weights, tensors)
     return model
+
+
+def _check_plain(path: str | Path, model: nn.Module, replaced: Collection[str]) -> None:
+    """Refuse a model that holds integers where floats are to go."""
+    odd = [name for name, tensor in model.state_dict().items() if name not in replaced and not is_plain(tensor)]
+    if odd:
+        raise ArtifactError(
+            f"{path} cannot fill {few(odd)} of this {type(model).__name__}: expected plain tensors, got integers of "
+            "an earlier load_compressed(integers=True), or another library's tensors; build the model anew"
+        )
 
 
 def _linear_weights(file: PackedFile, model: nn.Module) -> dict[str, nn.Linear]:

@@ -83,6 +83,11 @@ def write_onnx(
         names = [entry.name for entry in proto.graph.input]
         feeds = [dict(zip(names, (each.cpu().numpy() for each in entry.values()), strict=True)) for entry in inputs]
         notes = quantize_activations(proto, feeds, ranges=files.ranges)
+        if not any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
+            raise ArtifactError(
+                f"activations='int8': {type(model).__name__} has no layer that onnxruntime runs on integers (float32 "
+                f"Conv, Gemm or MatMul with a quantized weight): leave 8-bit activations out. {'; '.join(notes)}"
+            )
         if notes:
             warnings.warn(f"8-bit activations: {'; '.join(notes)}", stacklevel=2)
         provenance[ACTIVATIONS] = "int8"

@@ -27,6 +27,7 @@ _TAIL = 0.00005  # of the values, cut off at either end
 _BINS = 8192
 _SHRINKS = np.arange(1, 101) / 100
 _AT_ONCE = 8  # tensors that are held in memory together
+_STEP_OF_NOTHING = 2.0**-20  # of what is always zero: small, since the bias after it is rounded to a multiple
 _SMALLEST_STEP = float(np.finfo(np.float32).tiny)
 
 
@@ -82,7 +83,7 @@ def grid(bounds: Range) -> tuple[np.float32, np.uint8]:
     """
     low, high = bounds
     if low == high:
-        return np.float32(1), np.uint8(0)
+        return np.float32(_STEP_OF_NOTHING), np.uint8(0)
     return np.float32(max((high - low) / LEVELS, _SMALLEST_STEP)), np.uint8(round(-low * LEVELS / (high - low)))
 
 

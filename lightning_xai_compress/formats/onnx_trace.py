@@ -46,7 +46,8 @@ def trace(
     first = inputs[0]
     names = {f"weight::{index}": name for index, name in enumerate(weights)}
     names |= {f"input::{index}": f"{name}_input" if name in outputs else name for index, name in enumerate(first)}
-    results = {f"output::{index}": name for index, name in enumerate(outputs)}
+    # an output may have the name of a weight, but not in one graph
+    results = {f"output::{index}": f"{name}_output" if name in weights else name for index, name in enumerate(outputs)}
     program = export_program(model, example, inputs, weights=weights)
     try:
         with quiet():

@@ -21,6 +21,7 @@ from lightning_xai_compress.formats.layout import (
     RAW,
     Entry,
     fit_name,
+    is_plain,
     raw_bytes,
     sharing,
 )
@@ -160,6 +161,11 @@ def _dense(name: str, tensor: object) -> Tensor:
         raise ArtifactError(
             f"{name}: expected a tensor in the state dict, got {type(tensor).__name__}; "
             "a packed file holds tensors alone: keep extra state elsewhere and return none from get_extra_state"
+        )
+    if not is_plain(tensor):
+        raise ArtifactError(
+            f"{name}: expected a plain tensor, got a {type(tensor.data).__name__}; load the model without "
+            "integers=True, and save that"
         )
     if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES.values():
         raise ArtifactError(

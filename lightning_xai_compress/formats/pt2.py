@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from lightning_xai_compress.errors import ArtifactError
-from lightning_xai_compress.formats.layout import DTYPES, few, same
+from lightning_xai_compress.formats.layout import DTYPES, few, is_plain, same
 from lightning_xai_compress.formats.pt2_archive import Archive, read_archive, write_archive
 from lightning_xai_compress.formats.pt2_planes import PackedWeight, memory_order, read_weight
 from lightning_xai_compress.formats.pt2_trace import trace_program, with_packed_weights
@@ -64,6 +64,9 @@ def write_pt2(
     """
     check_plan(model, plan)
     check_examples("pt2", examples)
+    odd = [name for name, tensor in _state(model).items() if tensor.is_meta or not is_plain(tensor)]
+    if odd:
+        raise ArtifactError(f"{few(odd)}: expected plain tensors with values; build the model on a real device")
     packed = _packed(model, plan)
     with evaluation(model):
         examples = [to_device(model, example) for example in examples]
@@ -202,7 +205,8 @@ def _stored(archive: Archive, entry: Mapping[str, Any], before: Mapping[str, Sto
     else:
         groups, members = [], {"": archive.tensors[name]}
         order = [int(index) for index in entry["order"]]
-        numbers = torch.from_numpy(members[""].array).view(dtype)
+        array = members[""].array
+        numbers = torch.from_numpy(array).view(dtype) if array.size else torch.empty(0, dtype=dtype)
         values = numbers.reshape([shape[index] for index in order]).permute([order.index(i) for i in range(len(order))])
     size = sum(
         member.bytes

@@ -26,6 +26,7 @@ __all__ = [
     "call",
     "call_of",
     "calls",
+    "check_call",
     "check_examples",
     "check_traceable",
     "dynamic_sizes",
@@ -106,6 +107,11 @@ def named_inputs(model: nn.Module, example: Inputs) -> dict[str, Tensor]:
         if isinstance(leaf, Tensor):
             # (0, i, ...) is in the i-th positional argument, (1, "x", ...) in the keyword argument x
             which, first, *rest = (getattr(key, "idx", getattr(key, "key", getattr(key, "name", ""))) for key in path)
+            if which == 0 and int(first) >= len(positional):
+                raise ArtifactError(
+                    f"{type(model).__name__}.forward takes {len(positional)} positional arguments, got more: give one "
+                    "input an argument"
+                )
             named["_".join(str(key) for key in (positional[int(first)] if which == 0 else first, *rest))] = leaf
     return named
 
@@ -176,6 +182,16 @@ def export_program(
             f"{type(model).__name__} could not be traced: {reason}. Leave formats that trace (onnx, pt2) out, "
             "or define a forward that torch.export can trace: no branches on the values of tensors, no fixed batch size"
         ) from error
+
+
+def check_call(model: nn.Module, example: Inputs) -> None:
+    """Call the model, and forget what it gives.
+
+    Raises:
+        ArtifactError: It cannot be called so, or gives no tensor.
+    """
+    with evaluation(model):
+        call(model, to_device(model, example))
 
 
 def check_traceable(model: nn.Module, examples: Sequence[Inputs]) -> None:

@@ -47,7 +47,9 @@ class Operation:
     def weight_gradient(self, input: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
         """Sum over samples and positions of input times gradient, in the shape of `weight` (its values do nothing)."""
         if not self.spatial:
-            return gradient.reshape(-1, gradient.shape[-1]).T @ input.reshape(-1, input.shape[-1])
+            return (
+                gradient.flatten(0, -2).T @ input.flatten(0, -2) if gradient.dim() > 1 else torch.outer(gradient, input)
+            )
         result: Tensor = self._backward(gradient, self._padded(input), weight, (False, True, False))[1]
         return result
 

@@ -20,7 +20,7 @@ def render(report: Report) -> str:
                 "bytes, dense as fp32",
                 f"{report.dense.bytes:,}",
                 f"{report.compressed.bytes:,}",
-                f"-{report.reduction:.2%}",
+                f"{-report.reduction:+.2%}",
             ),
             *([measured] if report.metric else []),
             ("sparsity", "", f"{report.sparsity:.2%}", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -130,8 +131,17 @@ class Report:
         Raises:
             ArtifactError: It cannot be written.
         """
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        text = json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n"
         write_atomically(path, lambda part: part.write_text(text))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: both become null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def build_report(

@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_xai_compress import ArtifactError, CompressedExport, Files, load_compressed
 from lightning_xai_compress.callbacks.best import Best
 
-from toy import Corners, ToyNet, compression, fit
+from toy import Corners, ToyNet, compression, fit, trainer
 
 
 def report_of(folder):
@@ -248,3 +249,99 @@ def test_the_best_weights_are_rounded_too(tmp_path):
     stored = load_compressed(tmp_path / "model.safetensors")
     assert torch.equal(stored["head.bias"], model.seen[4]["head.bias"].half().float())
     assert torch.equal(stored["head.weight"], model.seen[4]["head.weight"])
+
+
+class TwoInputs(ToyNet):
+    """A batch whose members `split_batch` takes for something else; the module says what forward takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = (torch.zeros(2, 1, 6, 6), torch.zeros(2, 4))
+
+    def forward(self, x, shift):
+        return super().forward(x) + shift
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0], torch.zeros(len(batch[0]), 4)), batch[1])
+
+    def relevance_step(self, batch, batch_idx):
+        logits = self(batch[0], torch.zeros(len(batch[0]), 4))
+        return logits[torch.arange(len(logits)), batch[1]]
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def test_the_example_input_array_is_used_where_a_batch_does_not_fit_forward(tmp_path):
+    fit(tmp_path, [compression(tmp_path, formats=("safetensors", "onnx", "pt2"))], TwoInputs())
+
+    assert [each["format"] for each in report_of(tmp_path)["artifacts"]] == ["safetensors", "onnx", "pt2"]
+
+
+def test_without_one_training_does_not_begin(tmp_path):
+    model = TwoInputs()
+    model.example_input_array = None
+
+    with pytest.raises(ValueError, match="the model's input is not known: set example_input_array"):
+        fit(tmp_path, [compression(tmp_path, formats=("onnx",))], model)
+
+
+class AnyLength(ToyNet):
+    """Means over as many rows as a batch has."""
+
+    def __init__(self):
+        super().__init__()
+        del self.first, self.norm, self.second
+        self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(F.relu(self.fc(x)).mean(1))
+
+
+def test_sizes_that_differ_between_batches_are_dynamic(tmp_path):
+    images, labels = Corners().data.tensors
+    batches = [(images[i : i + 8, 0, : 3 + i // 8 % 3], labels[i : i + 8]) for i in range(0, 64, 8)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    torch.manual_seed(0)
+    model = AnyLength()
+    run = trainer(tmp_path, [compression(tmp_path, formats=("onnx", "pt2"))])
+    run.fit(model, train_dataloaders=loader, val_dataloaders=loader)
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    x = torch.randn(5, 11, 6)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        torch.testing.assert_close(program(x), expected)
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_best_by_another_metric_begins_anew():
+    best, model = Best("min", "val_loss"), nn.Linear(1, 1)
+    best.keep(0.1, 3, model, {})
+    other = Best("max", "acc")
+
+    with pytest.warns(UserWarning, match="begins anew: the checkpoint's best was by min val_loss, not max acc"):
+        other.load(best.state())
+    assert other.value is None
+    again = Best("min", "val_loss")
+    again.load(best.state())
+    assert (again.value, again.epoch) == (0.1, 3)
+
+
+def test_bfloat16_is_refused_for_onnx_before_training(tmp_path):
+    model = ToyNet()
+    with pytest.raises(ArtifactError, match="onnxruntime has no bfloat16 kernels on the CPU"):
+        fit(tmp_path, [compression(tmp_path, formats=("onnx",))], model, precision="bf16-true")
+    assert model.losses == []
+
+
+def test_a_metric_that_is_not_a_number_is_null_in_the_report(tmp_path):
+    fit(tmp_path, [compression(tmp_path, metric="number")], Recorder([float("nan")] * 8))
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert report["compressed"]["accuracy"] is None

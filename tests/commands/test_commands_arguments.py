@@ -60,3 +60,24 @@ def test_the_module_runs_as_a_program_and_ends_with_its_code(tmp_path):
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: expected a file, got {path}, which is none\n"
+
+
+@pytest.mark.parametrize("source", ["def broken(:\n", "raise RuntimeError('no GPU here')\n"])
+def test_a_module_that_fails_to_import_is_one_line(compressed, tmp_path, run, source, monkeypatch):
+    (tmp_path / "failing_models.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    code, _, err = run("export", compressed / "last.ckpt", "--model", "failing_models:Net", "--output", tmp_path)
+
+    assert code == 1
+    assert err.startswith("error: --model failing_models:Net: 'failing_models' fails to import: ")
+    assert err.count("\n") == 1
+
+
+def test_8_bit_activations_without_onnx_are_refused(compressed, tmp_path, run):
+    code, _, err = run(
+        *("export", compressed / "last.ckpt", "--model", "toy:ToyNet", "--activations", "int8", "--output", tmp_path)
+    )
+
+    assert code == 1
+    assert "--activations is a way to write ONNX" in err

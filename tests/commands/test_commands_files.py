@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -163,3 +164,36 @@ def test_verify_takes_tied_weights_for_the_same(tmp_path, run, name):
     code, out, _ = run("verify", tmp_path / f"model.{name}", "--against", tmp_path / "tied.ckpt")
 
     assert (code, out.splitlines()[-1]) == (0, "the same")
+
+
+def test_verify_of_onnx_compares_the_rows_of_weights(compressed, tmp_path, run):
+    """With 8-bit activations outputs say little."""
+    np.save(tmp_path / "batch.npy", np.random.default_rng(0).standard_normal((64, 1, 6, 6)).astype(np.float32))
+    inputs = ("--model", "toy:ToyNet", "--inputs", tmp_path / "batch.npy")
+    run(
+        *("export", compressed / "last.ckpt", *inputs, "--format", "onnx", "--activations", "int8"),
+        *("--output", tmp_path),
+    )
+    checkpoint = torch.load(compressed / "last.ckpt", weights_only=True)
+    assert run("verify", tmp_path / "model.onnx", "--against", compressed / "last.ckpt", *inputs)[0] == 0
+
+    weight = checkpoint["state_dict"]["second.weight"]
+    row = int((weight != 0).flatten(1).any(1).nonzero()[0])
+    weight[row, 0] += 0.05 * float(weight[row].abs().max())
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    code, out, _ = run("verify", tmp_path / "model.onnx", "--against", tmp_path / "other.ckpt", *inputs)
+
+    assert (code, out.strip()) == (1, "differs: second.weight")
+
+
+@pytest.mark.parametrize("values", [np.full((2, 1, 6, 6), np.nan, np.float32), np.zeros((0, 1, 6, 6), np.float32)])
+def test_verify_with_inputs_that_prove_nothing_is_not_the_same(compressed, tmp_path, run, values):
+    np.save(tmp_path / "batch.npy", values)
+
+    code, out, _ = run(
+        *("verify", compressed / "again/model.onnx", "--against", compressed / "last.ckpt"),
+        *("--model", "toy:ToyNet", "--inputs", tmp_path / "batch.npy"),
+    )
+
+    assert code == 1
+    assert "the same" not in out

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lightning_xai_compress.errors import ArtifactError
-from lightning_xai_compress.formats.onnx import read_onnx, write_onnx
+from lightning_xai_compress.formats.onnx import onnx_session, read_onnx, write_onnx
 from lightning_xai_compress.formats.onnx_int8 import quantize_activations
-from lightning_xai_compress.formats.registry import Files, Inputs
+from lightning_xai_compress.formats.registry import Files, Inputs, save
 
 from onnx_nets import NETWORKS, Reused, decode, operators, quantize
 from traced_nets import cnn
@@ -18,6 +18,8 @@ from traced_nets import cnn
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+INT8 = Files(activations="int8")
 
 
 def write(model, path, *tensors, widths=(2, 4, 8), activations="int8", ranges="minmax", plan=None):
@@ -361,3 +363,28 @@ def test_without_inputs_the_error_asks_for_one(tmp_path):
 
     with pytest.raises(ValueError, match="8-bit activations need calibration inputs, got none"):
         quantize_activations(proto, [])
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_a_layer_that_reads_nothing_but_zeros_keeps_its_bias(tmp_path, width):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+        model[2].weight.mul_(4)
+        model[2].bias.copy_(torch.tensor([0.1, -0.2, 0.3]))
+    plan = quantize(model, widths=(width,))
+
+    save(model, plan, tmp_path, formats=["onnx"], examples=[Inputs((torch.randn(8, 4),))], files=INT8)
+
+    got = onnx_session(tmp_path / "model.onnx").run(None, {"input": np.zeros((1, 4), np.float32)})[0]
+    np.testing.assert_allclose(got, [[0.1, -0.2, 0.3]], atol=1e-3)
+
+
+def test_a_model_without_integer_kernels_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    plan = quantize(model, widths=(4,))
+    examples = [Inputs((torch.randn(8, 4, dtype=torch.float64),))]
+
+    with pytest.raises(ArtifactError, match="Sequential has no layer that onnxruntime runs on integers"):
+        save(model, plan, tmp_path, formats=["onnx"], examples=examples, files=INT8)

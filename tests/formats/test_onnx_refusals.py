@@ -139,3 +139,40 @@ def test_a_file_beyond_the_limit_is_refused(tmp_path, monkeypatch):
 
     with pytest.raises(ArtifactError, match="a single file holds 2: leave 'onnx' out of formats"):
         export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_examples_without_a_finite_output_prove_nothing(tmp_path, value):
+    model = nn.Sequential(nn.Linear(4, 2))
+
+    with pytest.raises(ArtifactError, match="output: the model gives no finite number on the examples"):
+        export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.full((2, 4), value),))])
+
+
+def test_more_inputs_than_forward_takes_are_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 2))
+
+    with pytest.raises(ArtifactError, match=r"Sequential\.forward takes 1 positional arguments, got more"):
+        export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),) * 2)])
+
+
+def test_half_precision_is_compared_by_its_own_rounding(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).half()
+
+    difference = export(
+        model, quantize(model, widths=(8,)), tmp_path / "m.onnx", [Inputs((torch.randn(4, 64).half(),))]
+    )
+
+    assert difference < 4 * torch.finfo(torch.float16).eps
+
+
+class NamedAsItsWeight(OnData):
+    def forward(self, x):
+        return {"fc.weight": self.fc(x)}
+
+
+def test_an_output_may_have_the_name_of_a_weight(tmp_path):
+    model = NamedAsItsWeight()
+
+    assert export(model, quantize(model, widths=(4,)), tmp_path / "m.onnx", [Inputs((torch.randn(2, 4),))]) < 1e-6

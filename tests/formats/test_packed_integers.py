@@ -207,3 +207,26 @@ def test_a_damaged_file_leaves_the_model_as_it_was(tmp_path):
         load_compressed(path, fresh, integers=True)
     assert_same(before, fresh)
     assert not is_integer(fresh[0].weight)
+
+
+def test_a_model_that_holds_integers_is_not_half_filled(tmp_path):
+    for seed, name in ((0, "one"), (1, "two")):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        plan = quantize(model, ["0.weight", "2.weight"], seed=seed)
+        (tmp_path / name).write_bytes(pack(model, plan))
+    model = load_compressed(
+        tmp_path / "one", nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), integers=True
+    )
+    before, x = model[0].bias.clone(), torch.randn(3, 8)
+    outputs = model(x)
+
+    with pytest.raises(ArtifactError, match=r"cannot fill 0\.weight, 2\.weight .*integers of an earlier"):
+        load_compressed(tmp_path / "two", model)
+
+    assert torch.equal(model[0].bias, before)
+    assert torch.equal(model(x), outputs)
+    with pytest.raises(ArtifactError, match=r"expected a plain tensor.*load the model without integers=True"):
+        pack(model, CompressionPlan(Mask({})))
+    other = load_compressed(tmp_path / "two", model, integers=True)
+    assert torch.equal(other[0].weight.dequantize(), load_compressed(tmp_path / "two")["0.weight"])

@@ -216,3 +216,22 @@ def test_a_member_that_unfolds_to_more_than_deflate_can_is_refused(tmp_path, wri
 def test_a_missing_file_is_no_artifact_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_pt2(tmp_path / "m.pt2")
+
+
+def test_tensors_without_values_are_refused_and_empty_ones_come_back(tmp_path):
+    model = OnMeta(torch.zeros(0, 3))
+    export(model, quantize(model), tmp_path / "m.pt2", Inputs((torch.randn(2, 4),)))
+    assert {each.name: tuple(each.values.shape) for each in read_pt2(tmp_path / "m.pt2").tensors}["spare"] == (0, 3)
+
+    model = OnMeta(torch.zeros(2, device="meta"))
+    with pytest.raises(ArtifactError, match="spare: expected plain tensors with values"):
+        export(model, quantize(model), tmp_path / "m.pt2", Inputs((torch.randn(2, 4),)))
+
+
+class OnMeta(OnData):
+    def __init__(self, spare):
+        super().__init__()
+        self.register_buffer("spare", spare)
+
+    def forward(self, x):
+        return self.fc(x)

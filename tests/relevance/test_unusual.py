@@ -173,3 +173,20 @@ def test_products_with_the_input_itself_add_up_over_batches():
 
     assert whole.unknown == parts.unknown == ["gate.weight"]
     torch.testing.assert_close(parts.relevance, whole.relevance, rtol=1e-10, atol=1e-14, equal_nan=True)
+
+
+class NoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nothing, self.fc = nn.Linear(0, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.nothing(x[:, :0]) + self.fc(x)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_inputs_has_no_weights_to_score():
+    scores = score(NoInputs(), [(torch.randn(4, 8), torch.arange(4))])
+
+    assert scores.relevance["nothing.weight"].shape == (4, 0)
+    assert not scores.relevance["fc.weight"].isnan().any()
