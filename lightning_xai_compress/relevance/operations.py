@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,8 @@ class Operation:
     def weight_gradient(self, input: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
         """Sum over samples and positions of input times gradient, in the shape of `weight` (its values do nothing)."""
         if not self.spatial:
-            return (
-                gradient.flatten(0, -2).T @ input.flatten(0, -2) if gradient.dim() > 1 else torch.outer(gradient, input)
-            )
+            rows = math.prod(gradient.shape[:-1])  # -1 would be ambiguous for a layer without inputs
+            return gradient.reshape(rows, gradient.shape[-1]).T @ input.reshape(rows, input.shape[-1])
         result: Tensor = self._backward(gradient, self._padded(input), weight, (False, True, False))[1]
         return result
 
