@@ -109,7 +109,7 @@ def test_an_outlier_costs_less_where_it_is_cut_off():
         ((-255.0, 0.0), 1.0, 255),
         ((-51.0, 204.0), 1.0, 51),
         ((-1.0, 1.0), 2 / 255, 128),
-        ((0.0, 0.0), 1.0, 0),
+        ((0.0, 0.0), 2.0**-20, 0),  # small: what is added after it is rounded to a multiple
     ],
 )
 def test_the_grid_of_a_range(bounds, step, zero):
