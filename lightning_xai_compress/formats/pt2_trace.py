@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.pt2_planes import PackedWeight
 from lightning_xai_compress.formats.registry import Inputs
 from lightning_xai_compress.formats.tracing import (
@@ -20,6 +19,7 @@ from lightning_xai_compress.formats.tracing import (
     dynamic_sizes,
     first_line,
     named_inputs,
+    not_traceable,
     quiet,
 )
 from lightning_xai_compress.layers import tensor_places
@@ -92,10 +92,7 @@ def trace_program(
             )
     except Exception as error:  # torch.export lets through whatever the model's own code raises
         reason = re.sub(r"L\['(\w+)'\]", r"\1", first_line(error))
-        raise ArtifactError(
-            f"{type(model).__name__} could not be traced: {reason}. Leave formats that trace (onnx, pt2) out, "
-            "or define a forward that torch.export can trace: no branches on the values of tensors, no fixed batch size"
-        ) from error
+        raise not_traceable(model, reason) from error
     _forget_origin(program)
     return program
 

@@ -35,6 +35,7 @@ __all__ = [
     "first_line",
     "named_inputs",
     "named_outputs",
+    "not_traceable",
     "quiet",
     "to_device",
 ]
@@ -178,10 +179,15 @@ def export_program(
     except Exception as error:  # torch.export lets through whatever the model's own code raises
         labels = [*weights, *first]
         reason = re.sub(r"L\['tensors'\]\[(\d+)\]", lambda match: labels[int(match.group(1))], first_line(error))
-        raise ArtifactError(
-            f"{type(model).__name__} could not be traced: {reason}. Leave formats that trace (onnx, pt2) out, "
-            "or define a forward that torch.export can trace: no branches on the values of tensors, no fixed batch size"
-        ) from error
+        raise not_traceable(model, reason) from error
+
+
+def not_traceable(model: nn.Module, reason: str) -> ArtifactError:
+    """The error of a model that torch.export refuses."""
+    return ArtifactError(
+        f"{type(model).__name__} could not be traced: {reason}. Leave formats that trace (onnx, pt2) out, "
+        "or define a forward that torch.export can trace: no branches on the values of tensors, no fixed batch size"
+    )
 
 
 def check_call(model: nn.Module, example: Inputs) -> None:
