@@ -20,7 +20,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "Peak", "Results", "Timing", "environment", "paired", "peak_memory", "print_checks", "ratio"]
+__all__ = [
+    "RESULTS",
+    "Peak",
+    "Results",
+    "Timing",
+    "environment",
+    "paired",
+    "peak_memory",
+    "print_checks",
+    "ratio",
+    "resident_peak",
+]
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("lightning-xai-compress", "torch", "torchvision", "torchao", "lightning", "zennit", "captum", "numpy")
@@ -129,7 +140,7 @@ def peak_memory(task: Task, undo: Task = lambda: None) -> Peak:
         undo: Frees what the task leaves behind.
     """
     gc.collect()
-    resident = _resident_peak(task)
+    resident = resident_peak(task)
     undo()
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -140,7 +151,8 @@ def peak_memory(task: Task, undo: Task = lambda: None) -> Peak:
     return Peak(max(accumulate(size for _, size in changes)), resident)
 
 
-def _resident_peak(task: Task) -> int:
+def resident_peak(task: Task) -> int:
+    """Bytes that the process takes at most during a task, beyond those before it."""
     status = Path("/proc/self/status")
     if not status.exists():  # the high-water mark cannot be reset, so it counts only where the task raises it
         unit = 1 if sys.platform == "darwin" else 1024

@@ -25,35 +25,25 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import lightning as L
-import numpy as np
 import onnxruntime
 import torch
 import zstandard
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
-from torchvision.models import resnet18
 
-from lightning_xai_compress import CompressionPlan, Files, Inputs, XAICompression, load_compressed, save
+from lightning_xai_compress import CompressionPlan, Files, Inputs, load_compressed, save
 from lightning_xai_compress.formats import code_entropy, packed_size
-from lightning_xai_compress.formats.codes import integer_codes
 from lightning_xai_compress.formats.onnx import onnx_session
-from lightning_xai_compress.layers import find_layers
-from lightning_xai_compress.plan import BitAllocation, Mask
-from lightning_xai_compress.quantization import fit_scales, quantize
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from common import RESULTS, Results, environment, paired, ratio
 from data import FashionMNISTData
-from models import FashionNet
+from export_models import MODELS, SEED, bit_packed, compress, fp32, train_fashion
 from runner import silence
 
 UPPER = {
@@ -72,10 +62,7 @@ UPPER = {
     "decode_memory": 2.0,
 }
 LOWER = {"decode_mb_per_s": 50.0}
-SEED = 0
 THREADS = 2
-WIDTHS = (2, 4, 8)
-TOKENS, VOCABULARY = 64, 8192
 
 
 @dataclass(frozen=True)
@@ -89,104 +76,6 @@ class Settings:
 
 
 QUICK = Settings(rounds=3, epochs=2, train_samples=4_000, runs=2)
-
-
-class Transformer(nn.Module):
-    """Token ids [n, 64] to ten logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 256)
-        # nn.TransformerEncoder would make four equal copies of one layer
-        layers = [nn.TransformerEncoderLayer(256, 8, 1024, dropout=0.0, batch_first=True) for _ in range(4)]
-        self.encoder = nn.Sequential(*layers)
-        self.head = nn.Linear(256, 10)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.encoder(self.embed(tokens)).mean(1))
-        return logits
-
-
-def images(count: int, seed: int) -> Tensor:
-    return torch.randn(count, 3, 128, 128, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens(count: int, seed: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, (count, TOKENS), generator=torch.Generator().manual_seed(seed))
-
-
-def make_resnet18() -> nn.Module:
-    model = resnet18(num_classes=10)
-    model.train()
-    with torch.no_grad():
-        for seed in range(4):
-            model(images(16, 100 + seed))
-    model.eval()
-    return cast(nn.Module, model)
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor]]] = {
-    "resnet18": (make_resnet18, images),
-    "transformer": (lambda: Transformer().eval(), tokens),
-}
-
-
-@torch.no_grad()
-def compress(model: nn.Module) -> CompressionPlan:
-    """Half of each weight zero, channels on 2, 4 or 8 bits at random; the model then holds the values."""
-    generator = torch.Generator().manual_seed(SEED)
-    parameters = dict(model.named_parameters())
-    keep, bits, scales = {}, {}, {}
-    for name in find_layers(model).names:
-        weight = parameters[name]
-        keep[name] = weight.abs() > weight.abs().flatten().median()
-        weight.mul_(keep[name])
-        bits[name] = torch.tensor(WIDTHS, dtype=torch.uint8)[
-            torch.randint(0, len(WIDTHS), (len(weight),), generator=generator)
-        ]
-        fitted = {width: fit_scales(weight, width)[0] for width in WIDTHS}
-        scales[name] = torch.zeros(len(weight))
-        for width in WIDTHS:
-            scales[name][bits[name] == width] = fitted[width][bits[name] == width]
-        weight.copy_(quantize(weight, bits[name], scales[name]))
-    sizes = {name: parameters[name][0].numel() for name in bits}
-    return CompressionPlan(Mask(keep), BitAllocation(bits, sizes), scales)
-
-
-class FirstImages(FashionMNISTData):
-    """The first training images alone."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(batch_size=128, seed=SEED)
-        self.count = count
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self.train = TensorDataset(*(tensor[: self.count] for tensor in self.train.tensors))
-
-
-def train_fashion(settings: Settings, folder: Path) -> tuple[L.LightningModule, CompressionPlan, FashionMNISTData]:
-    """A short fit with compression; the test images are read afterwards, once."""
-    L.seed_everything(SEED, verbose=False)
-    data = FirstImages(settings.train_samples)
-    callback = XAICompression(
-        sparsity=0.5, average_bits=4.0, bits=WIDTHS, metric="val_acc", export_dir=str(folder), formats=("safetensors",)
-    )
-    trainer = L.Trainer(
-        max_epochs=settings.epochs,
-        callbacks=[callback],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        default_root_dir=str(folder),
-    )
-    model = FashionNet()
-    trainer.fit(model, datamodule=data)
-    session = callback.session
-    assert session is not None
-    return model.eval(), session.latent.plan(tuple(session.skipped)), data
 
 
 def export(model: nn.Module, plan: CompressionPlan, examples: list[Tensor], folder: Path) -> dict[str, Any]:
@@ -203,20 +92,6 @@ def export(model: nn.Module, plan: CompressionPlan, examples: list[Tensor], fold
     fp32(model, examples[0], folder / "fp32.onnx")
     found["onnx_fp32"] = {"bytes": (folder / "fp32.onnx").stat().st_size}
     return found
-
-
-def fp32(model: nn.Module, example: Tensor, path: Path) -> None:
-    """The same model as a plain float ONNX file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        exported = torch.onnx.export(
-            model, (example,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},)
-        )
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-    assert exported is not None
-    exported.save(str(path))
 
 
 def sizes(model: nn.Module, plan: CompressionPlan, folder: Path) -> dict[str, Any]:
@@ -236,25 +111,6 @@ def sizes(model: nn.Module, plan: CompressionPlan, folder: Path) -> dict[str, An
         "onnx_zstd19": len(zstd.compress((folder / "plain" / "model.onnx").read_bytes())),
         "pt2_zstd19": len(zstd.compress((folder / "plain" / "model.pt2").read_bytes())),
     }
-
-
-def bit_packed(model: nn.Module, plan: CompressionPlan) -> bytes:
-    """The plain alternative: every code in exactly its bits, bfloat16 scales, widths, and the rest, as safetensors."""
-    assert plan.allocation is not None
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if name not in plan.scales:
-            tensors[name] = tensor.clone()
-            continue
-        bits = plan.allocation[name]
-        codes = integer_codes(name, tensor, plan.scales[name], bits).flatten(1).numpy()
-        for width in sorted(set(bits.tolist())):
-            rows = codes[(bits == width).numpy()].reshape(-1, 1).view(np.uint8)
-            packed = np.packbits(np.unpackbits(rows, axis=1, bitorder="little")[:, :width].reshape(-1))
-            tensors[f"{name}.{width}"] = torch.from_numpy(packed)
-        tensors[f"{name}.scale"] = plan.scales[name].to(torch.bfloat16)
-        tensors[f"{name}.bits"] = bits.clone()
-    return save_safetensors(tensors)
 
 
 def latency(folder: Path, make_inputs: Callable[[int, int], Tensor], settings: Settings) -> dict[str, Any]:
@@ -325,9 +181,9 @@ def decode_peak(path: Path) -> float:
     """Resident memory that decoding adds at its peak, in a fresh process that has decoded once before."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[2]); import gc, torch; torch.set_num_threads(1)\n"
-        "from lightning_xai_compress import load_compressed; from common import _resident_peak\n"
+        "from lightning_xai_compress import load_compressed; from common import resident_peak\n"
         "load_compressed(sys.argv[3]); gc.collect()\n"
-        "print(_resident_peak(lambda: load_compressed(sys.argv[1])))\n"
+        "print(resident_peak(lambda: load_compressed(sys.argv[1])))\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         model = nn.Sequential(nn.Linear(4, 4))
@@ -419,7 +275,7 @@ def main() -> None:
                 "models", label, decoding=decoding(folder / label / "plain" / "model.safetensors", settings.rounds)
             )
             results.add("models", label, latency=latency(folder / label, make_inputs, settings))
-        fashion, plan, data = train_fashion(settings, folder / "fit")
+        fashion, plan, data = train_fashion(settings.epochs, settings.train_samples, folder / "fit")
         some = next(iter(data.val_dataloader()))[0]
         results.add("models", "fashion", files=export(fashion, plan, [some[:2], some[:256]], folder / "fashion"))
         results.add("models", "fashion", sizes=sizes(fashion, plan, folder / "fashion"))

@@ -34,6 +34,7 @@ from lightning_xai_compress.formats import (
     FORMATS,
     Artifact,
     Files,
+    Inputs,
     check_formats,
     check_traceable,
     round_to_float16,
@@ -213,9 +214,7 @@ class CompressedExport(CompressionCallback, Stage):
         )
 
     def _export(self, session: Session, plan: CompressionPlan, directory: Path) -> tuple[list[Artifact], list[Skipped]]:
-        traced = self._traced()
-        samples = _RANGE_SAMPLES if self.files.activations else 0
-        examples = example_inputs(session, traced, samples=samples) if traced else []
+        examples = self._examples(session) if self._traced() else []
         artifacts, failed = [], []
         with progress(session.trainer, "export", len(self.formats)) as advance:
             for name in self.formats:
@@ -245,6 +244,9 @@ class CompressedExport(CompressionCallback, Stage):
     def _traced(self) -> tuple[str, ...]:
         return tuple(name for name in self.formats if FORMATS[name].traces)
 
+    def _examples(self, session: Session) -> list[Inputs]:
+        return example_inputs(session, self._traced(), samples=_RANGE_SAMPLES if self.files.activations else 0)
+
     def _check_tracing(self, session: Session) -> None:
         """Say before training what cannot be traced; refuse where no other file would be left."""
         traced = self._traced()
@@ -255,7 +257,7 @@ class CompressedExport(CompressionCallback, Stage):
             reason = "onnxruntime has no bfloat16 kernels on the CPU; train in float32, or with bf16-mixed"
             problems["onnx"] = ArtifactError(reason)
         try:
-            check_traceable(session.module, example_inputs(session, traced))
+            check_traceable(session.module, self._examples(session))
         except ArtifactError as error:
             problems = dict.fromkeys(traced, error)
         if len(problems) == len(self.formats):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_xai_compress.callbacks.calibration import calibration_batches, training_batch_size
@@ -49,6 +50,11 @@ def example_inputs(session: Session, formats: tuple[str, ...], *, samples: int =
                 f"formats contains {' and '.join(map(repr, formats))}, but the model's input is not known: set "
                 f"example_input_array on the LightningModule ({error})"
             ) from error
+        if samples:
+            rank_zero_warn(
+                "ranges of 8-bit activations come from example_input_array alone, since batches do not tell what "
+                "forward takes: let it hold real data, some hundred samples"
+            )
         if isinstance(example, dict):
             return [Inputs((), example)]
         return [Inputs(tuple(example) if isinstance(example, tuple) else (example,))]

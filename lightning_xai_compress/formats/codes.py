@@ -51,7 +51,8 @@ def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Ten
     channels = weight.shape[0] if weight.dim() else 0
     if scale.shape != (channels,) or bits.shape != (channels,):
         raise ArtifactError(
-            f"{name} has {channels} output channels, but {tuple(scale.shape)} scales and {tuple(bits.shape)} bit widths"
+            f"{name} has {channels} output channels, but {tuple(scale.shape)} scales and {tuple(bits.shape)} bit "
+            "widths; save the model that the plan is of"
         )
     step = scale.double().reshape(-1, *[1] * (weight.dim() - 1))
     codes = torch.where(step > 0, (weight.double() / step.where(step > 0, 1.0)).round(), 0.0)
@@ -62,7 +63,7 @@ def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Ten
         raise ArtifactError(
             f"{name} does not lie on its grid: {int(off.sum())} of {off.numel()} weights are off, the first in channel "
             f"{channel} (scale {scale[channel].item():.6g}, {int(bits[channel])} bits). "
-            "The model must hold the quantized weights that the plan describes"
+            "Write the quantized values that the plan describes into the model, then save it"
         )
     return codes.to(torch.int8)
 

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats import entropy
+from lightning_xai_compress.formats.codes import integer_codes
 from lightning_xai_compress.formats.container import Bytes
 from lightning_xai_compress.formats.layout import (
     BITMAP,
@@ -114,32 +115,18 @@ def _as_half(numbers: Tensor) -> Tensor | None:
 
 def _codes(name: str, weight: Tensor, bits: Tensor, scale: Tensor) -> entropy.Block:
     """Recover the integers of a quantized weight, and prove that they give it back."""
-    channels = len(weight) if weight.dim() else 0
-    if weight.dtype not in CODE_DTYPES or bits.shape != (channels,) or scale.shape != (channels,):
-        raise ArtifactError(
-            f"{name}: expected bit widths and scales for the {channels} channels of a {weight.dtype} of shape "
-            f"{tuple(weight.shape)}, got shapes {tuple(bits.shape)} and {tuple(scale.shape)}; "
-            "save the model that the plan is of"
-        )
-    bits, step = bits.detach().cpu().to(torch.int64), scale.detach().cpu().float()[:, None] + 0.0  # no negative zero
+    if weight.dtype not in CODE_DTYPES:
+        raise ArtifactError(f"{name}: expected a floating-point weight for the plan's bit widths, got {weight.dtype}")
+    step = scale.detach().cpu().float() + 0.0  # no negative zero
     coarse = step.to(torch.bfloat16)
     if not (torch.equal(coarse.float(), step) and bool(torch.isfinite(step).all()) and bool((step >= 0).all())):
         raise ArtifactError(
             f"{name}: expected scales >= 0 that bfloat16 holds exactly; round them with "
             "scale.to(torch.bfloat16).float() before the weights are quantized"
         )
-    rows = weight.reshape(channels, -1)
-    codes = torch.round(rows.float() / torch.where(step > 0, step, 1.0))
-    off = ~(((codes * step).to(weight.dtype) == rows) & (codes.abs() <= (1 << (bits - 1))[:, None] - 1))
-    if bool(off.any()):
-        channel, column = (int(i) for i in off.nonzero()[0])
-        raise ArtifactError(
-            f"{name}: expected every weight to be its scale times an integer of its bit width; channel {channel} has "
-            f"{int(bits[channel])} bits, scale {float(step[channel]):g} and a weight {float(rows[channel, column]):g} "
-            f"({int(off.sum())} such weights); write the quantized values into the model, then save it with their plan"
-        )
-    pattern = coarse[:, 0].view(torch.int16).numpy().view(np.uint16)
-    return entropy.Block(codes.to(torch.int8).numpy(), bits.to(torch.uint8).numpy(), pattern)
+    codes = integer_codes(name, weight, step, bits).reshape(len(weight), -1)
+    pattern = coarse.view(torch.int16).numpy().view(np.uint16)
+    return entropy.Block(codes.numpy(), bits.detach().cpu().to(torch.uint8).numpy(), pattern)
 
 
 def _check_mask(name: str, weight: Tensor, keep: Tensor) -> None:

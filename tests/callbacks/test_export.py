@@ -345,3 +345,11 @@ def test_a_metric_that_is_not_a_number_is_null_in_the_report(tmp_path):
 
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
     assert report["compressed"]["accuracy"] is None
+
+
+def test_ranges_from_the_example_input_array_are_warned_of_before_training(tmp_path):
+    model = TwoInputs()
+    callback = compression(tmp_path, formats=("onnx",), files=Files(activations="int8"))
+
+    with pytest.warns(UserWarning, match="8-bit activations come from example_input_array alone"):
+        fit(tmp_path, [callback], model, max_epochs=4)

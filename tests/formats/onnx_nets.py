@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from lightning_xai_compress.formats.onnx import check_onnx, write_onnx
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask
 
-from traced_nets import cnn
+from traced_nets import Reused, cnn
 
 INTEGERS = {onnx.TensorProto.INT2: 2, onnx.TensorProto.INT4: 4, onnx.TensorProto.INT8: 8}
 
@@ -92,20 +92,6 @@ def storage(path):
 
 def operators(path):
     return [node.op_type for node in onnx.load(path).graph.node]
-
-
-class Reused(nn.Module):
-    """One layer called twice, and a weight tied to an embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.mix = nn.Linear(6, 6)
-        self.unembed = nn.Linear(6, 11)
-        self.unembed.weight = self.embed.weight
-
-    def forward(self, tokens):
-        return self.unembed(self.mix(self.mix(self.embed(tokens)).tanh()))
 
 
 class Attention(nn.Module):

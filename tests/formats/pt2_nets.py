@@ -8,7 +8,7 @@ from torch import nn
 from lightning_xai_compress.formats.pt2 import check_pt2, write_pt2
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask
 
-from traced_nets import cnn
+from traced_nets import Reused, cnn
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -41,21 +41,6 @@ def export(model, plan, path, *examples):
 
 def loaded(path):
     return torch.export.load(str(path)).module()
-
-
-class Reused(nn.Module):
-    """One layer called twice, one registered twice, and a weight tied to an embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.mix = nn.Linear(6, 6)
-        self.again = self.mix
-        self.unembed = nn.Linear(6, 11)
-        self.unembed.weight = self.embed.weight
-
-    def forward(self, tokens):
-        return self.unembed(self.again(self.mix(self.embed(tokens)).tanh()))
 
 
 class Attention(nn.Module):

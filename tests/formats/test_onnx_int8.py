@@ -12,8 +12,8 @@ from lightning_xai_compress.formats.onnx import onnx_session, read_onnx, write_o
 from lightning_xai_compress.formats.onnx_int8 import quantize_activations
 from lightning_xai_compress.formats.registry import Files, Inputs, save
 
-from onnx_nets import NETWORKS, Reused, decode, operators, quantize
-from traced_nets import cnn
+from onnx_nets import NETWORKS, decode, operators, quantize
+from traced_nets import Reused, cnn
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -16,8 +16,8 @@ from lightning_xai_compress.formats.pt2 import check_pt2, read_pt2, write_pt2
 from lightning_xai_compress.formats.registry import FORMATS, Inputs, save
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, Skipped
 
-from pt2_nets import NETWORKS, WIDTHS, Reused, export, loaded, quantize
-from traced_nets import cnn
+from pt2_nets import NETWORKS, WIDTHS, export, loaded, quantize
+from traced_nets import Reused, cnn
 
 MULTIPLIED = ("aten.linear", "aten.conv", "aten.embedding", "aten.matmul")
 

@@ -40,3 +40,18 @@ class SecondReference(nn.Module):
 
     def forward(self, x):
         return x @ self.weights[0].t()
+
+
+class Reused(nn.Module):
+    """One layer called twice, one registered twice, and a weight tied to an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.mix = nn.Linear(6, 6)
+        self.again = self.mix
+        self.unembed = nn.Linear(6, 11)
+        self.unembed.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.unembed(self.again(self.mix(self.embed(tokens)).tanh()))
