@@ -41,6 +41,8 @@ def example_inputs(session: Session, formats: tuple[str, ...], *, samples: int =
             split.append(Inputs(tuple(args), dict(kwargs)))
             if len(split) >= _BATCHES and sum(map(_length, split)) >= samples:
                 break
+        if not split:
+            raise RelevanceError("the training data gives no batch")
         few = [_slice(split[0], index) for index in _SLICES if _length(split[0]) > index.start]
         check_call(session.module, few[0])
     except (RelevanceError, ArtifactError) as error:

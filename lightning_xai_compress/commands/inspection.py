@@ -27,7 +27,9 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def _summary(contents: Contents) -> dict[str, Any]:
-    quantized = [each for each in contents.tensors if each.bits]
+    # a tensor that several names share counts once
+    distinct = list({id(each.values): each for each in contents.tensors}.values())
+    quantized = [each for each in distinct if each.bits]
     weights = sum(each.values.numel() for each in quantized)
     bits = sum(
         width * rows * (each.values.numel() // max(1, len(each.values)))
@@ -38,13 +40,13 @@ def _summary(contents: Contents) -> dict[str, Any]:
     return {
         "totals": {
             "tensors": len(contents.tensors),
-            "numbers": sum(each.values.numel() for each in contents.tensors),
+            "numbers": sum(each.values.numel() for each in distinct),
             "quantized": weights,
             "average_bits": round(bits / weights, 4) if weights else None,
             "sparsity": round(zeros / weights, 6) if weights else None,
             "tensor_bytes": sum(each.bytes for each in contents.tensors),
         },
-        "layers": [_row(each) for each in quantized],
+        "layers": [_row(each) for each in contents.tensors if each.bits],
         "not_quantized": [_row(each) for each in contents.tensors if not each.bits],
         "provenance": dict(contents.provenance),
     }

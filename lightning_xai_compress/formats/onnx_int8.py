@@ -178,9 +178,8 @@ def _dequantize(
         name = f"{weight.name}.float"
         nodes.append(helper.make_node("DequantizeLinear", inputs, [weight.name], name=name, axis=0))
         products = [layer.node for layer in layers if layer.node.op_type == "MatMul"]
-        for node in products[
-            1:
-        ]:  # a weight that several products read is not transposed at loading, unless it is theirs
+        # onnxruntime transposes a weight at loading only where one product reads it: each further one gets its own
+        for node in products[1:]:
             own = f"{weight.name}.{node.output[0]}"
             nodes.append(helper.make_node("DequantizeLinear", inputs, [own], name=own, axis=0))
             nodes.append(helper.make_node("Transpose", [own], [f"{own}.t"], name=f"{own}.t", perm=[1, 0]))

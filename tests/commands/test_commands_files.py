@@ -197,3 +197,16 @@ def test_verify_with_inputs_that_prove_nothing_is_not_the_same(compressed, tmp_p
 
     assert code == 1
     assert "the same" not in out
+
+
+@pytest.mark.parametrize("name", ["safetensors", "pt2"])
+def test_inspect_counts_shared_tensors_once_and_lists_all_names(tmp_path, run, name):
+    model = Tied()
+    plan = CompressionPlan(Mask({"embed.weight": torch.ones(6, 4, dtype=torch.bool)}))
+    save(model, plan, tmp_path, formats=[name], examples=[Inputs((torch.zeros(2, 3, dtype=torch.long),))])
+
+    told = json.loads(run("inspect", tmp_path / f"model.{name}", "--json")[1])
+
+    assert told["totals"]["numbers"] == 24
+    assert [each["name"] for each in told["not_quantized"]] == ["embed.weight", "head.weight"]
+    assert [each["bytes"] > 0 for each in told["not_quantized"]] == [True, False]
