@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -17,6 +18,7 @@ from lightning_xai_compress.plan import ScoreMap, Skipped, unknown_rows
 from lightning_xai_compress.relevance import (
     AttentionRule,
     Explain,
+    Processes,
     Statistic,
     check_composite,
     check_explain,
@@ -27,10 +29,11 @@ from lightning_xai_compress.relevance import (
     unwrapped,
 )
 
-__all__ = ["CRITERIA", "Criterion", "CriterionName", "check_criterion", "criterion_name", "score"]
+__all__ = ["CRITERIA", "SUMMED", "Criterion", "CriterionName", "check_criterion", "criterion_name", "score"]
 
 CriterionName = Literal["lrp", "deeplift", "taylor", "fisher", "wanda", "magnitude", "lamp", "random"]
 CRITERIA: tuple[str, ...] = get_args(CriterionName)
+SUMMED = ("lrp", "deeplift", "taylor", "fisher", "wanda")  # add up over samples, so that processes can share them
 Criterion = Callable[[nn.Module, Iterable[Any], Sequence[str]], Mapping[str, Tensor]]
 
 
@@ -49,6 +52,7 @@ class _Request:
     baseline: float | Tensor
     heatmaps: int
     seed: int
+    processes: Processes | None
     on_batch: Callable[[], None] | None
 
 
@@ -66,6 +70,7 @@ def score(
     layers: Sequence[str] | None = None,
     heatmaps: int = 0,
     seed: int = 0,
+    processes: Processes | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> ScoreMap:
     """Score every weight, by its relevance for the model's decisions or by another criterion.
@@ -108,6 +113,8 @@ def score(
         layers: Parameter names to score; all that `find_scorable` finds by default.
         heatmaps: Number of samples whose input relevance is kept, too ("lrp", "deeplift", "taylor", "fisher").
         seed: For "random".
+        processes: For criteria of `SUMMED`: others that score the same model by batches of their own, or by none. The
+            scores are then those of all batches, on each of them.
         on_batch: Called after each batch, for a progress bar.
 
     Returns:
@@ -129,14 +136,16 @@ def score(
     _check_layers(model, layers, found.names)
     request = _Request(
         model, batches, tuple(layers), composite, explain, check_statistics(statistics), epsilon, attention, baseline,
-        heatmaps, seed, on_batch,
+        heatmaps, seed, processes, on_batch,
     )  # fmt: skip
     if callable(criterion) or "." in criterion:
         return _of_user(criterion, request, found.skipped)
     if criterion in ("lrp", "deeplift", "taylor", "fisher"):
         return _propagated(criterion, request, found.skipped)
     if criterion == "wanda":
-        norms, samples = input_norms(model, batches, layers=request.layers, explain=explain, on_batch=on_batch)
+        norms, samples = input_norms(
+            model, batches, layers=request.layers, explain=explain, processes=processes, on_batch=on_batch
+        )
         weights = _weights(request)
         scores = {name: weight.abs() * norms[name].sqrt() for name, weight in weights.items()}
         return ScoreMap(scores, scores, norms, samples, signed=False, skipped=(*found.skipped, *unknown_rows(scores)))
@@ -175,22 +184,26 @@ def check_criterion(criterion: str | Criterion) -> None:
 
 
 def _propagated(criterion: str, request: _Request, skipped: tuple[Skipped, ...]) -> ScoreMap:
-    sums, maps = relevance_sums(
-        request.model,
-        request.batches,
-        layers=request.layers,
-        propagation="lrp" if criterion == "lrp" else "deeplift" if criterion == "deeplift" else "gradient",
-        composite=request.composite,
-        explain=request.explain,
-        epsilon=request.epsilon,
-        attention=request.attention,
-        baseline=request.baseline,
-        # the Fisher information is the mean of squares, asked for or not
-        statistics=("rms", *request.statistics) if criterion == "fisher" else request.statistics,
-        by_sample=criterion == "fisher",
-        heatmaps=request.heatmaps,
-        on_batch=request.on_batch,
-    )
+    processes = request.processes
+    with nullcontext() if processes is None else processes.together():
+        sums, maps = relevance_sums(
+            request.model,
+            request.batches,
+            layers=request.layers,
+            propagation="lrp" if criterion == "lrp" else "deeplift" if criterion == "deeplift" else "gradient",
+            composite=request.composite,
+            explain=request.explain,
+            epsilon=request.epsilon,
+            attention=request.attention,
+            baseline=request.baseline,
+            # the Fisher information is the mean of squares, asked for or not
+            statistics=("rms", *request.statistics) if criterion == "fisher" else request.statistics,
+            by_sample=criterion == "fisher",
+            heatmaps=request.heatmaps,
+            on_batch=request.on_batch,
+        )
+    if processes is not None:
+        sums.reduce(processes.total)
     scores = sums.score_map(skipped, maps)
     if criterion == "taylor":
         return replace(scores, score={name: each.abs() for name, each in scores.relevance.items()})

@@ -26,6 +26,7 @@ EXPORT_CHECKS = {
     "packed_over_entropy", "metadata_share_resnet18", "packed_over_zstd_bitpacked", "packed_over_zstd_onnx",
     "decode_mb_per_s", "decode_memory", "reload_difference",
 }  # fmt: skip
+STEP_CHECKS = {"step_fashion_cnn", "step_resnet18", "extra_bytes_per_weight", "fit_fashion_cnn"}
 
 
 @pytest.fixture
@@ -81,6 +82,30 @@ def test_files_are_measured_and_what_is_no_timing_keeps_its_limits(tmp_path):
             assert latencies.keys() == {"fp32", "fp32_again", "folded", "default_options", "int8"}
             assert all(len(each["wall"]) == content["settings"]["rounds"] for each in latencies.values())
     assert all(name in result.stdout for name in EXPORT_CHECKS)
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_step_is_measured_and_its_memory_keeps_its_limit(tmp_path):
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / "step_overhead.py", "--quick", "--output", tmp_path / "step.json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+    content = json.loads((tmp_path / "step.json").read_text())
+    checks, limits = content["checks"], content["limits"]
+    assert checks.keys() == limits.keys() == STEP_CHECKS
+    assert all(math.isfinite(each) and each > 0 for each in checks.values())
+    # the latents alone are 4; a step with scores still there, or with a mask of floats, exceeds 5
+    assert 4 < checks["extra_bytes_per_weight"] <= limits["extra_bytes_per_weight"] == 5
+    rounds = content["settings"]["rounds"]
+    for name in ("fashion_cnn", "resnet18"):
+        step = content["steps"][name]
+        # what was timed was compressed
+        assert step["sparsity"] == pytest.approx(0.5, abs=1e-3)
+        assert 3.9 < step["average_bits"] <= 4.0
+        assert {len(step[kind][clock]) for kind in ("plain", "compressed") for clock in ("wall", "cpu")} == {rounds}
+    assert all(name in result.stdout for name in STEP_CHECKS)
 
 
 @pytest.mark.slow

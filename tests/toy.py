@@ -7,6 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lightning_xai_compress import Pruning, Scoring, XAICompression
+from lightning_xai_compress.callbacks.session import Session
+
+ACCELERATOR = "cpu"
 
 
 class EpochSampler(Sampler):
@@ -74,6 +77,19 @@ class ToyNet(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=1e-3)
 
 
+def watch_scores(monkeypatch):
+    """A list of what every scoring pass of a fit finds: the session itself lets go of scores once they are used."""
+    found = []
+    rescore = Session.rescore
+
+    def watched(session, batch):
+        found.append(rescore(session, batch))
+        return found[-1]
+
+    monkeypatch.setattr(Session, "rescore", watched)
+    return found
+
+
 def compression(folder, **settings):
     """All stages with settings small enough for a toy."""
     defaults = {
@@ -89,7 +105,7 @@ def compression(folder, **settings):
 def trainer(folder, callbacks=(), **settings):
     defaults = {
         "max_epochs": 8,
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,

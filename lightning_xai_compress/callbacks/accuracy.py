@@ -38,11 +38,16 @@ class Accuracy:
         self.logged: dict[str, float] = {}
 
     @property
-    def name(self) -> str:
-        """For the report, with the data; "" for none."""
+    def label(self) -> str:
+        """What the metric is called; "" for none."""
         if self.metric is None:
             return ""
-        return f"{self.metric if isinstance(self.metric, str) else type(self.metric).__name__} (validation data)"
+        return self.metric if isinstance(self.metric, str) else type(self.metric).__name__
+
+    @property
+    def name(self) -> str:
+        """For the report, with the data; "" for none."""
+        return f"{self.label} (validation data)" if self.label else ""
 
     @property
     def measures(self) -> bool:
@@ -93,9 +98,11 @@ class Accuracy:
         """Remember the named metric: a resumed fit begins without it."""
         if isinstance(self.metric, str):
             value = session.trainer.callback_metrics.get(self.metric)
-            if isinstance(value, Tensor | float | int):
+            # each process logs that of its own share, unless with sync_dist=True: all must choose by the same number
+            number = session.processes.number(value if isinstance(value, Tensor | float | int) else None)
+            if number is not None:
                 epoch = session.epoch_after_batch()
-                self.logged = {"value": float(value), "epoch": epoch, "step": session.trainer.global_step}
+                self.logged = {"value": number, "epoch": epoch, "step": session.trainer.global_step}
 
     def of_validation(self, session: Session) -> float | None:
         """The number of the validation that has just ended."""
@@ -111,7 +118,7 @@ class Accuracy:
         if not self.logged:
             rank_zero_warn(
                 f"metric={self.metric!r} was never logged, so accuracies are unknown; logged were "
-                f"{sorted(trainer.callback_metrics)}"
+                f"{sorted(name for name in trainer.callback_metrics if not name.startswith('compressed_'))}"
             )
             return None
         if self.logged["step"] != trainer.global_step:

@@ -8,12 +8,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_xai_compress.callbacks.averaging import ordered
+from lightning_xai_compress.callbacks.clock import check_limits, check_trained
+from lightning_xai_compress.callbacks.processes import check_strategy, check_whole
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Stage
 
 __all__ = ["CompressionCallback"]
-
-_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
 class CompressionCallback(Callback):
@@ -26,6 +27,7 @@ class CompressionCallback(Callback):
     def __init__(self) -> None:
         self.session: Session | None = None
         self._restored: dict[str, Any] = {}
+        self._previous: Session | None = None
 
     def stages(self) -> list[Stage]:
         """The stages that this callback brings, in no particular order."""
@@ -37,7 +39,11 @@ class CompressionCallback(Callback):
         """Refuse, before anything runs, what can be seen to be wrong without data."""
         if stage != "fit":
             return
+        again = self.session is not None and self.session.belongs_to(trainer, pl_module)
+        self._previous = self.session if again else None
         self.session, self._restored = None, {}
+        check_strategy(trainer.strategy)
+        check_limits(trainer)
         for own in self.stages():
             own.check_settings(trainer)
         if not self._leads(trainer):
@@ -50,32 +56,34 @@ class CompressionCallback(Callback):
                 f"the Trainer has {' and '.join(double)} twice: XAICompression already brings all four stages, so give "
                 "it alone, or the stages one by one"
             )
-        strategy = {kind.__name__ for kind in type(trainer.strategy).__mro__}  # of lightning or of pytorch_lightning
-        if not strategy & {"SingleDeviceStrategy", "DDPStrategy"} or strategy & _SHARDED:
-            raise ValueError(
-                f"{type(trainer.strategy).__name__} is not supported: weights must be whole on every device. Use "
-                "Trainer(strategy='auto') or strategy='ddp'"
-            )
-        for other in _callbacks(trainer):
-            if any(kind.__name__ == "WeightAveraging" for kind in type(other).__mro__):
-                raise ValueError(
-                    f"{type(other).__name__} averages weights after they were pruned and quantized, which fills the "
-                    "zeros and leaves the grid: remove one of the two callbacks"
-                )
+        trainer.callbacks = ordered(_callbacks(trainer), CompressionCallback)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the session: only now are all layers, the training data and the optimizers there."""
         if self._leads(trainer):
-            ours = [each for each in _callbacks(trainer) if isinstance(each, CompressionCallback)]
-            # another order of the callbacks makes another one lead
-            restored = next((each._restored for each in ours if each._restored), {})
-            self.session = Session(trainer, pl_module, _all_stages(trainer), restored)
-            for each in ours:
-                each._restored = {}
-            self.session.begin()
+            check_whole(pl_module)
+            self._make_session(trainer, pl_module).begin()
+
+    def _make_session(self, trainer: Trainer, pl_module: LightningModule) -> Session:
+        ours = [each for each in _callbacks(trainer) if isinstance(each, CompressionCallback)]
+        # another order of the callbacks makes another one lead
+        restored = next((each._restored for each in ours if each._restored), {})
+        if not restored and self._previous is not None and self._previous.latent.holds():
+            restored = self._previous.state_dict()  # trainer.fit once more, with a larger max_epochs
+        self.session = Session(trainer, pl_module, _all_stages(trainer), restored)
+        self._previous = None
+        for each in ours:
+            each._restored = {}
+        return self.session
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave a usable model behind: Lightning calls no teardown after an error."""
+        """Leave a usable model behind: Lightning calls no teardown after an error.
+
+        Where the fit ran in other processes (`ddp_spawn`), the process that asked for it sees no other hook.
+        """
+        if trainer.state.fn == "fit":
+            for stage in self.stages():
+                stage.failed()
         if self.session is not None:
             self.session.close()
 
@@ -83,6 +91,11 @@ class CompressionCallback(Callback):
         """Let go of the optimizers; state and report stay readable."""
         if self.session is not None:
             self.session.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `ddp_spawn`: without the session, which holds the Trainer, optimizers and hooks of a fit."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**kept, "session": None, "_previous": None}  # Lightning's `log` is a method of the module
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types, keyed by parameter name; empty for all but the leading callback."""
@@ -97,12 +110,18 @@ class CompressionCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notice which BatchNorm layers train."""
         if self.session is not None:
-            self.session.on_epoch_start()
+            self.session.batchnorm.on_epoch_start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Do what is due at this batch."""
         if self.session is not None:
-            self.session.advance(batch_idx)
+            # what the hook is told lags behind where training_step takes a dataloader_iter
+            self.session.advance(trainer.fit_loop.epoch_loop.batch_idx)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """In manual optimization gradients are clipped before Lightning knows of a step."""
+        if self.session is not None and not pl_module.automatic_optimization:
+            self.session.latent.mask_gradients()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask gradients and open the latents; runs before Lightning clips gradients."""
@@ -120,18 +139,43 @@ class CompressionCallback(Callback):
         """Make BatchNorm statistics those of the compressed weights."""
         if self._in_fit(trainer):
             with torch.inference_mode(False):
-                self.session.refresh_batchnorm()  # type: ignore[union-attr]
+                self.session.before_validation()  # type: ignore[union-attr]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Compress an average of weights that another callback has swapped in."""
+        if batch_idx == 0 and dataloader_idx == 0 and self._in_fit(trainer):
+            with torch.inference_mode(False):
+                self.session.before_validation_batch()  # type: ignore[union-attr]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what was measured, before a checkpoint is saved."""
         if self._in_fit(trainer):
-            for stage in self.session.stages:  # type: ignore[union-attr]
-                stage.after_validation(self.session)  # type: ignore[arg-type]
+            with torch.inference_mode(False):
+                self.session.after_validation()  # type: ignore[union-attr]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Publish the metric of a fit that does not validate, before a checkpoint is saved."""
+        if self.session is not None:
+            self.session.after_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export and report."""
         if self.session is not None:
             self.session.finish()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the last word on the weights; export, where a fit was resumed that had only that left to do."""
+        if self.session is not None:
+            self.session.seal()
+        elif any(isinstance(each, CompressionCallback) and each._restored for each in _callbacks(trainer)):
+            if self._leads(trainer):
+                pl_module.to(trainer.strategy.root_device)  # Lightning has just put it on the CPU
+                self._make_session(trainer, pl_module).export()
+                pl_module.cpu()
+        else:
+            check_trained(trainer)
 
     def _in_fit(self, trainer: Trainer) -> bool:
         """Whether a validation belongs to the fit of our session, and is no sanity check."""

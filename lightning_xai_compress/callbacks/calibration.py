@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import DataLoader
 
+from lightning_xai_compress.callbacks.processes import unpadded
+from lightning_xai_compress.callbacks.randomness import seeded
+from lightning_xai_compress.callbacks.sampling import Member, batch_size_of
 from lightning_xai_compress.relevance import call_model, evaluation, split_batch
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "forward",
     "tracked_norms",
     "training_batch_size",
+    "training_loaders",
     "update_batchnorm",
     "validation_batches",
 ]
@@ -29,108 +30,85 @@ __all__ = [
 Norm = nn.modules.batchnorm._BatchNorm
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed all generators inside, and give the training its own states back afterwards."""
-    with isolate_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        yield
-
-
-def training_loader(trainer: Trainer) -> DataLoader[Any]:
-    """The training DataLoader.
+def training_loaders(trainer: Trainer) -> list[DataLoader[Any]]:
+    """The training DataLoaders, in the order in which they stand in the loader that combines them.
 
     Raises:
-        ValueError: The training data is no single DataLoader.
+        ValueError: Something else than a DataLoader trains, or they train one after the other.
     """
-    loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader):
+    given = trainer.train_dataloader
+    loaders = [given] if isinstance(given, DataLoader) else CombinedLoader(given).flattened
+    if getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", None) == "sequential":
         raise ValueError(
-            f"calibration needs the training data as one torch DataLoader, got {type(loader).__name__}: return a "
-            "DataLoader from train_dataloader()"
+            "a CombinedLoader with mode='sequential' cannot train: use 'max_size_cycle', 'min_size' or 'max_size'"
         )
-    return loader
+    for loader in loaders:
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                "calibration needs the training data as torch DataLoaders (one, or a dict or list of them), got "
+                f"{type(loader).__name__}: return a DataLoader from train_dataloader()"
+            )
+    return loaders
 
 
 def training_batch_size(trainer: Trainer) -> int:
-    """Samples of one training batch, as far as the loader tells; 1 where the dataset gives whole batches."""
-    loader = training_loader(trainer)
-    if loader.batch_size is not None:
-        return int(loader.batch_size)
-    if loader.batch_sampler is None:
-        return 1
-    with isolate_rng():
-        return max(len(next(iter(loader.batch_sampler), [])), 1)
+    """Samples of one training batch, as far as the (first) loader tells; 1 where the dataset gives whole batches."""
+    return batch_size_of(training_loaders(trainer)[0])
 
 
-def calibration_batches(trainer: Trainer, *, samples: int, seed: int) -> Iterator[Any]:
-    """Draw training samples in an order of their own; the training's own iterators are not touched.
+def calibration_batches(trainer: Trainer, *, samples: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Iterator[Any]:
+    """Draw training samples in an order of their own; the training's own iterators and samplers are not touched.
 
-    Only samples that the loader's sampler gives are drawn. Every rank draws the same, so that every rank decides the
-    same. A dataset without a length always shows its first samples.
+    Only samples that the loaders' samplers give are drawn. Every rank draws the same, so that every rank decides the
+    same. A dataset without a length always shows its first samples. Of several loaders, each batch holds one batch of
+    each, in the structure in which they train; those that are used up begin anew until all have been through once.
 
     Args:
         trainer: Within fit, once its training data is set up.
-        samples: About how many; whole batches, and fewer only where there is less than one.
+        samples: About how many (of the first loader, and over all shards); whole batches, and fewer only where there
+            is less than one.
         seed: Decides which.
+        shard: (rank, world): give only every world-th batch, beginning with the rank-th. All shards together give
+            the batches of (0, 1); what a shard passes over is neither collated nor moved, and not even read where
+            the loader has a batch size.
 
     Raises:
-        ValueError: The training data is no single DataLoader, or a stream that calibration would use up.
+        ValueError: The training data is not made of DataLoaders, or a stream that calibration would use up.
     """
-    loader = training_loader(trainer)
-    size = training_batch_size(trainer)
-    dataset = loader.dataset
-    batch_size = None if loader.batch_sampler is None else size  # None: the dataset gives whole batches
+    rank, world = shard
+    loaders = training_loaders(trainer)
+    overfits = getattr(trainer, "overfit_batches", 0)
+    batches = int(trainer.num_training_batches) if overfits else None
     with seeded(seed):
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            if id(iter(dataset)) == id(dataset):
-                raise ValueError(
-                    f"{type(dataset).__name__}.__iter__ returns the dataset itself, so calibration would use up the "
-                    "training data: return a new iterator"
-                )
-        else:
-            order = _indices(loader, at_least=samples)
-            order = [order[index] for index in torch.randperm(len(order)).tolist()]
-            count = -(-samples // size) * size
-            dataset = Subset(dataset, order[: min(count, len(order) - len(order) % size) or len(order)])
-        drawn = iter(DataLoader(dataset, batch_size=batch_size, collate_fn=loader.collate_fn))
+        members = [Member(loader, at_least=samples, batches=batches) for loader in loaders]
+    generators = [each for member in members for each in member.generators]
+    structure = None if isinstance(trainer.train_dataloader, DataLoader) else CombinedLoader(trainer.train_dataloader)
     seen = 0
-    while seen < samples:
+    for index in count():
+        if seen >= samples:
+            return
+        wanted = index % world == rank
         # the generators are the training's again whenever the caller has the turn
-        with seeded(seed + seen):
-            batch = next(drawn, None)
-            if batch is None:
+        with seeded(seed + index, generators):
+            drawn = [each for member in members if (each := member.draw(wanted)) is not None]
+            if len(drawn) < len(members) or all(member.through for member in members):
                 return
-            seen += _length(batch)
+            seen += drawn[0][1]
+            if not wanted:
+                continue
+            batch = drawn[0][0]
+            if structure is not None:
+                structure.flattened = [each for each, _ in drawn]
+                batch = structure.iterables
             batch = transfer(trainer, batch)
         yield batch
 
 
-def _indices(loader: DataLoader[Any], *, at_least: int) -> list[int]:
-    """Indices of the samples that the loader trains on."""
-    length = len(loader.dataset)  # type: ignore[arg-type]
-    if isinstance(loader.sampler, DistributedSampler):
-        return list(range(length))  # all ranks' parts
-    own = loader.batch_size is None and loader.batch_sampler is not None  # a batch sampler of the user's
-    source = chain.from_iterable(loader.batch_sampler) if own and loader.batch_sampler is not None else loader.sampler
-    return list(islice(source, max(length, at_least)))  # a sampler may have no end
-
-
-def _length(batch: Any) -> int:
-    """Samples of a batch: the length of its first tensor."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
-    members = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((_length(member) for member in members if isinstance(member, Tensor | list | tuple | Mapping)), 1)
-
-
-def transfer(trainer: Trainer, batch: Any) -> Any:
+def transfer(trainer: Trainer, batch: Any, dataloader_idx: int = 0) -> Any:
     """Convert, move and transform a batch as the Trainer does, the user's batch hooks included."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
 def validation_batches(trainer: Trainer) -> Iterator[Any]:
@@ -138,12 +116,11 @@ def validation_batches(trainer: Trainer) -> Iterator[Any]:
     loaders = trainer.val_dataloaders
     if loaders is None:
         return
-    members = list(loaders.values()) if isinstance(loaders, dict) else loaders
-    members = members if isinstance(members, Sequence) else [members]
+    members = CombinedLoader(loaders).flattened
     limits = trainer.num_val_batches or [float("inf")] * len(members)
-    for loader, limit in zip(members, limits, strict=True):
-        for batch in islice(loader, None if limit == float("inf") else int(limit)):
-            yield transfer(trainer, batch)
+    for index, (loader, limit) in enumerate(zip(members, limits, strict=True)):
+        for batch in islice(unpadded(loader), None if limit == float("inf") else int(limit)):
+            yield transfer(trainer, batch, index)
 
 
 def tracked_norms(model: nn.Module) -> list[Norm]:

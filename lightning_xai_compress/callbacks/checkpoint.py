@@ -37,6 +37,8 @@ def plan_of(checkpoint: Mapping[str, Any]) -> CompressionPlan:
         )
     state = _session(checkpoint)
     parts = {part: dict(state["latent"].get(part, {})) for part in _PARTS}
+    if state.get("averaged"):  # averages of weights stand in the state_dict, on grids of their own
+        parts["scales"] = dict(state["averaged"]["scales"])
     if not parts["keep"] and not parts["bits"]:
         raise ArtifactError(
             f"nothing was pruned or quantized yet when this checkpoint was saved ({_moment(checkpoint)}): give one of "

@@ -37,8 +37,9 @@ class XAICompression(CompressionCallback):
             "random", or a function `(model, batches, layers)` of your own or its import path, see `score`.
         selection: "nonpositive" or "least", see `RelevancePruning`.
         bits: Widths to choose from, each in 2..8.
-        warmup: When pruning begins: epochs (whole number) or a share of the fit; 0 for a model that comes trained.
-        pruning_end: When pruning is done and quantized training begins: epochs or share.
+        warmup: When pruning begins: epochs (whole number), a share of the fit in [0, 1), or optimizer steps as a text
+            such as "1500 steps"; 0 for a model that comes trained.
+        pruning_end: When pruning is done and quantized training begins: epochs, share or steps.
         relevance_epochs: Epochs at whose start relevance is computed: a list, or every n; by default before each use.
         metric: A torchmetrics metric to measure on the validation data, or the name of one that the module logs.
         export: "last" or "best": which weights the files hold, see `CompressedExport`.
@@ -46,10 +47,12 @@ class XAICompression(CompressionCallback):
         exclude: Shell-style patterns of layers to leave alone.
         export_dir: Folder for the files and `report.json`.
         formats: "safetensors", "onnx", "pt2".
-        scoring: How relevance is computed.
-        pruning: How patiently weights are pruned.
-        quantization: Whether layers read activations of 8 bits in quantized training, too.
-        files: How files are written: integer types, 8-bit activations, float16.
+        scoring: How relevance is computed: Scoring(explain, composite, attention, statistics, epsilon, baseline,
+            samples, seed).
+        pruning: How patiently weights are pruned: Pruning(steps).
+        quantization: Whether layers read activations of 8 bits in quantized training, too: Quantization(activations).
+        files: How files are written (integer types, 8-bit activations, float16): Files(onnx_bits, activations, ranges,
+            float16).
 
     Raises:
         ValueError: A setting out of range; the text says which, what came and what is expected.
@@ -98,5 +101,8 @@ class XAICompression(CompressionCallback):
 
     @property
     def report(self) -> Report | None:
-        """The report of the last fit that ended; None before."""
+        """The report of the last fit; None before, and where that raised an error.
+
+        Every process of the fit has it, and with `ddp_spawn` and the like also the one that asked for the fit.
+        """
         return self._export.report

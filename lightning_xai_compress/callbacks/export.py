@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +22,10 @@ from lightning_xai_compress.callbacks.best import Best, Mode
 from lightning_xai_compress.callbacks.calibration import calibration_batches
 from lightning_xai_compress.callbacks.console import progress
 from lightning_xai_compress.callbacks.inputs import example_inputs
+from lightning_xai_compress.callbacks.monitor import mode_of, placeholder
+from lightning_xai_compress.callbacks.outcome import Outcome
 from lightning_xai_compress.callbacks.precision import MixedPrecision
+from lightning_xai_compress.callbacks.processes import Processes
 from lightning_xai_compress.callbacks.pruning import RelevancePruning
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Stage
@@ -68,14 +70,16 @@ class CompressedExport(CompressionCallback, Stage):
         formats: "safetensors" (entropy-coded, smallest), "onnx" (integer weights for onnxruntime; extra `onnx`), "pt2"
             (torch.export, packed integers).
         metric: What the report calls accuracy: a torchmetrics metric, measured on the validation data when
-            compression begins and at the end; or the name of one that the module logs.
+            compression begins and at the end; or the name of one that the module logs. Other callbacks find that of the
+            compressed model as `compressed_<metric>` (or class of a torchmetrics metric) from the first epoch on; until
+            compression is done it is worse than any measured value.
         export: "last": the final weights; "best": those of the validation at which `metric` was best, of all that
             came after pruning and quantization were done. The module keeps its final weights either way.
         mode: Whether "max" or "min" of the metric is best; None: what a torchmetrics metric says of itself.
         files: How files are written.
 
     Attributes:
-        report: The report of the last fit that ended; None before.
+        report: The report of the last fit; None before, and where that raised an error.
 
     Raises:
         ValueError: No such format, or (in fit) no validation data for the metric.
@@ -111,7 +115,9 @@ class CompressedExport(CompressionCallback, Stage):
                 "add 'onnx', or leave activations out"
             )
         self.best = _best(export, mode, metric)
-        self.report: Report | None = None
+        higher = getattr(metric, "higher_is_better", None)
+        self._mode: Mode | None = mode or (None if higher is None else "max" if higher else "min")
+        self._outcome = Outcome()
         self._dense: dict[str, Any] = {}
         self._dense_sizes: dict[str, int] = {}
 
@@ -119,11 +125,22 @@ class CompressedExport(CompressionCallback, Stage):
         """This one."""
         return [self]
 
+    @property
+    def report(self) -> Report | None:
+        """The report of the last fit, in every process and in that which asked for the fit; None before."""
+        return self._outcome.report
+
+    def failed(self) -> None:
+        """There is no report, and an earlier one is not of this fit."""
+        self._outcome.clear()
+
     def check_settings(self, trainer: Trainer) -> None:
         """Try the folder, on the process that will write."""
+        self._outcome.begin(leave=trainer.local_rank == 0)
         check_formats(self.formats)
-        if trainer.is_global_zero:
-            check_writable(self._directory(trainer))
+        with Processes(trainer).together():
+            if trainer.is_global_zero:
+                check_writable(self._directory(trainer))
 
     def begin(self, session: Session) -> None:
         """See that there is what the files and the metric need."""
@@ -136,12 +153,13 @@ class CompressedExport(CompressionCallback, Stage):
                 "larger bits out, or allow 8"
             )
         self._check_tracing(session)
+        self._publish(session, None)
         if not self._dense:
             self._dense = asdict(Measured(dense_bytes(session.module)))
 
     def before_compression(self, session: Session, batch: int) -> None:
         """The last moment of the dense model."""
-        accuracy, epoch = self.accuracy.before_compression(session, session.epoch(batch))
+        accuracy, epoch = self.accuracy.before_compression(session, session.epoch())
         self._dense = asdict(Measured(dense_bytes(session.module), accuracy, epoch))
         if session.trainer.is_global_zero:
             self._dense_sizes = asdict(dense_sizes(session.module, session.latent.parameters))
@@ -149,10 +167,39 @@ class CompressedExport(CompressionCallback, Stage):
     def advance(self, session: Session, batch: int) -> None:
         """Nothing is due before the end."""
 
+    @property
+    def metric_key(self) -> str:
+        """`compressed_` and the name of the metric."""
+        return f"compressed_{self.accuracy.label}" if self.accuracy.label else ""
+
     def after_validation(self, session: Session) -> None:
-        """Remember the named metric, and the weights if they are the best so far."""
+        """Remember the named metric, publish that of the compressed model, and keep the best weights."""
         self.accuracy.after_validation(session)
-        self._keep_best(session)
+        value = self.accuracy.of_validation(session) if session.complete else None
+        self._publish(session, value)
+        if self.best is not None and value is not None and self.best.beaten_by(value):
+            latent = session.averaging.latent_state()
+            self.best.keep(value, session.epoch_after_batch(), session.module, latent)
+
+    def after_epoch(self, session: Session) -> None:
+        """Without validation, a named metric is that of training."""
+        if not self.accuracy.measures and not sum(session.trainer.num_val_batches):
+            value = session.trainer.callback_metrics.get(self.accuracy.label) if session.complete else None
+            self._publish(session, None if value is None else float(value))
+
+    def _publish(self, session: Session, value: float | None) -> None:
+        """To callbacks that choose by it; to loggers only what was measured."""
+        if not self.metric_key:
+            return
+        trainer = session.trainer
+        if value is None:
+            mode = self._mode or mode_of(trainer, (self.metric_key, self.accuracy.label))
+            shown = placeholder(mode, session.progress())
+        else:
+            shown = torch.tensor(value)
+            for logger in trainer.loggers:
+                logger.log_metrics({self.metric_key: value}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.callback_metrics[self.metric_key] = shown
 
     def finish(self, session: Session) -> None:
         """Export, measure and tell."""
@@ -160,19 +207,39 @@ class CompressedExport(CompressionCallback, Stage):
         self._round(session)
         trainer = session.trainer
         accuracy = self.accuracy.at_the_end(session)
-        if trainer.is_global_zero:
+        report: Report | None = None
+        with ExitStack() as stack:
             directory = self._directory(trainer)
-            trial = bool(getattr(trainer, "fast_dev_run", False))
-            if trial:  # leaves nothing behind, least of all over an earlier export
-                directory = Path(tempfile.mkdtemp(prefix="fast_dev_run-"))
-            with self._weights(session):
-                self._round(session)
-                self.report = self._write(session, directory, accuracy)
-            self.report.write(directory / "report.json")
-            print(f"\n{render(self.report)}\n\nreport: {directory / 'report.json'}")
-            if trial:
-                shutil.rmtree(directory)
-        trainer.strategy.barrier("lightning_xai_compress export")
+            if getattr(trainer, "fast_dev_run", False):  # leaves nothing behind, least of all over an earlier export
+                directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fast_dev_run-")))
+            if trainer.is_global_zero:
+                with self._weights(session):
+                    self._round(session)
+                    report = self._write(session, directory, accuracy)
+            int8 = self._int8_accuracy(session, report)
+            if report is not None:
+                report = replace(report, int8_accuracy=int8)
+                report.write(directory / "report.json")
+                print(f"\n{render(report)}\n\nreport: {directory / 'report.json'}")
+        self._outcome.keep(session.processes.shared(report), leave=trainer.local_rank == 0)
+
+    def _int8_accuracy(self, session: Session, report: Report | None) -> float | None:
+        """The metric of the ONNX file with 8-bit activations: each process runs it on its share of the data.
+
+        Args:
+            session: Of the fit.
+            report: On the process that wrote the file; None on the others.
+        """
+        if not self.files.activations or not self.accuracy.measures:
+            return None
+        written = next((each.path for each in report.artifacts if each.format == "onnx"), None) if report else None
+        content = session.processes.shared(Path(written).read_bytes() if written else None)
+        if content is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:  # the file may be on another machine
+            path = Path(folder) / "model.onnx"
+            path.write_bytes(content)
+            return self.accuracy.measure(session, model=OnnxModule(path))
 
     def _round(self, session: Session) -> None:
         """What is not quantized becomes float16, in the module, so that files stay exact."""
@@ -187,10 +254,6 @@ class CompressedExport(CompressionCallback, Stage):
             tuple(session.skipped), state=best.latent if best else None, provenance=session.provenance
         )
         artifacts, failed = self._export(session, plan, directory)
-        onnx = next((each.path for each in artifacts if each.format == "onnx"), None)
-        # a metric talks to all processes, and only this one is here
-        measured = self.accuracy.measures and session.trainer.world_size == 1
-        int8 = OnnxModule(onnx) if onnx and self.files.activations and measured else None
         heatmaps = self._draw(session, directory, failed)
         pruning = session.stage(RelevancePruning)
         return build_report(
@@ -200,9 +263,8 @@ class CompressedExport(CompressionCallback, Stage):
             accuracy=best.value if best else accuracy,
             dense_sizes=DenseSizes(**self._dense_sizes) if self._dense_sizes else None,
             exported_epoch=best.epoch if best else None,
-            int8_accuracy=self.accuracy.measure(session, model=int8) if int8 is not None else None,
             metric=self.accuracy.name,
-            criterion=criterion_name(session.criterion),
+            criterion=criterion_name(session.scorer.criterion),
             heatmaps=heatmaps,
             artifacts=artifacts,
             failed=failed,
@@ -230,9 +292,9 @@ class CompressedExport(CompressionCallback, Stage):
 
     def _draw(self, session: Session, directory: Path, failed: list[Skipped]) -> str:
         """A picture of what the final model looks at in a few training images; "" where inputs are no images."""
-        batches = calibration_batches(session.trainer, samples=1, seed=session.scoring.seed)
+        batches = calibration_batches(session.trainer, samples=1, seed=session.scorer.settings.seed)
         try:
-            found = session.score(batches, criterion="lrp", seed=0, statistics=(), heatmaps=_PICTURED).heatmaps
+            found = session.scorer.score(batches, criterion="lrp", seed=0, statistics=(), heatmaps=_PICTURED).heatmaps
             if found is None or not is_picture(found):
                 return ""
             save_heatmaps(found, directory / "relevance.png")
@@ -266,15 +328,6 @@ class CompressedExport(CompressionCallback, Stage):
             names = [repr(name) for name in traced if problems.get(name) is problem]
             rank_zero_warn(f"{' and '.join(names)} will probably not be written: {problem}")
 
-    def _keep_best(self, session: Session) -> None:
-        """After a validation: a copy of the weights, if they are compressed and better than before."""
-        if self.best is None or any(not stage.complete for stage in session.stages):
-            return
-        value = self.accuracy.of_validation(session)
-        if value is not None and self.best.beaten_by(value):
-            with torch.inference_mode(False):
-                self.best.keep(value, session.epoch_after_batch(), session.module, session.latent.state_dict())
-
     def _weights(self, session: Session) -> AbstractContextManager[None]:
         """The weights to export."""
         if self.best is None:
@@ -306,7 +359,6 @@ class CompressedExport(CompressionCallback, Stage):
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up or begin."""
-        self.report = None
         self._dense = dict(state.get("dense", {}))
         self._dense_sizes = dict(state.get("dense_sizes", {}))
         self.accuracy.load(state.get("logged", {}))

@@ -36,7 +36,7 @@ def example_inputs(session: Session, formats: tuple[str, ...], *, samples: int =
     most = max(samples, 64 * _BATCHES * training_batch_size(session.trainer))
     split: list[Inputs] = []
     try:
-        for batch in calibration_batches(session.trainer, samples=most, seed=session.scoring.seed):
+        for batch in calibration_batches(session.trainer, samples=most, seed=session.scorer.settings.seed):
             args, kwargs, _ = split_batch(batch)
             split.append(Inputs(tuple(args), dict(kwargs)))
             if len(split) >= _BATCHES and sum(map(_length, split)) >= samples:

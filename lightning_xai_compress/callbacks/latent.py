@@ -11,17 +11,19 @@ found inf) or taken behind the callback's back is noticed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_xai_compress.errors import LatentCopyError
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, Skipped
-from lightning_xai_compress.quantization import quantize, refit_scales
+from lightning_xai_compress.pruning import PackedMasks
+from lightning_xai_compress.quantization import mask_, quantize, refit_scales, requantize_
 
 __all__ = ["LatentCopy"]
 
@@ -35,29 +37,36 @@ class LatentCopy:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
-        self.keep: dict[str, Tensor] = {}
+        self.keep = PackedMasks(self.parameters)
         self.bits: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self._latents: dict[str, Tensor] = {}
         self._live: set[str] = set()
+        self._steps: list[Optimizer] = []  # under way; one that wraps another has both
+        self._evaluations = 0
         self._name = {id(parameter): name for name, parameter in self.parameters.items()}
         self._hooks: list[RemovableHandle] = []
 
     # --- around an optimizer step
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """Watch the optimizers' steps.
+        """Watch the steps of all optimizers: of these, of those that come later, and of those that nobody knows.
 
         Raises:
-            LatentCopyError: LBFGS, which evaluates several points a step.
+            LatentCopyError: LBFGS, which evaluates several points a step, or no `torch.optim.Optimizer`.
         """
         for optimizer in optimizers:
             if isinstance(optimizer, LBFGS):
+                raise _several_evaluations(optimizer)
+            if not isinstance(optimizer, Optimizer):
                 raise LatentCopyError(
-                    "LBFGS evaluates the loss several times within a step, so pruned and quantized weights cannot be "
-                    "kept to their values: use a first-order optimizer such as SGD or AdamW"
+                    f"{type(optimizer).__name__} is no torch.optim.Optimizer, so its steps cannot be watched: derive "
+                    "it from that class"
                 )
-            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._hooks += [
+            register_optimizer_step_pre_hook(self._step_begins),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
 
     def detach(self) -> None:
         """Leave the parameters compressed and stop watching; may be called twice."""
@@ -66,33 +75,53 @@ class LatentCopy:
             self._hooks.pop().remove()
 
     @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Take pruned weights out of all gradients, for what looks at them before the step: clipping by hand."""
+        for name, keep in self.keep.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                mask_(gradient, keep)
+
+    @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
-        """Take pruned weights out of the gradients, and let the optimizer see the latents."""
+        """Take pruned weights out of the gradients, and let the optimizer see the latents.
+
+        Raises:
+            LatentCopyError: It has evaluated the loss before within the same step.
+        """
+        if self._steps:
+            self._evaluations += 1
+            if self._evaluations > 1:
+                raise _several_evaluations(self._steps[0])
         for name in self._of(optimizer):
             parameter = self.parameters[name]
             if parameter.grad is not None and name in self.keep:
-                parameter.grad.masked_fill_(~self.keep[name], 0.0)  # inf * 0 would be NaN
+                mask_(parameter.grad, self.keep[name])  # inf * 0 would be NaN
             if name not in self._live and name in self._latents:
                 parameter.copy_(self._latents[name])
             self._live.add(name)
 
+    def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._of(optimizer):
+            if not self._steps:
+                self._evaluations = 0
+            self._steps.append(optimizer)
+
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer in self._steps:
+            del self._steps[self._steps.index(optimizer) :]
+        if self._steps:  # one within another, which may go on to change the weights
+            return
         for name in self._of(optimizer):
             if name not in self._live:
                 raise LatentCopyError(
                     f"{type(optimizer).__name__} stepped on {name} without Lightning's on_before_optimizer_step hook, "
                     "so the step started from the compressed value. In manual optimization call "
-                    "self.optimizers().step() (not self.optimizers(use_pl_optimizer=False)), and step once per "
-                    "training batch and optimizer"
+                    "self.optimizers().step(), not self.optimizers(use_pl_optimizer=False), nor an optimizer that "
+                    "configure_optimizers does not return"
                 )
-            parameter = self.parameters[name]
-            if name in self.keep:
-                parameter.masked_fill_(~self.keep[name], 0.0)
-            if name in self._latents:
-                self._latents[name].copy_(parameter)
-                self.scales[name] = refit_scales(parameter, self.bits[name], self.scales[name])
-                self._compress(name)
+            self._take_up(name)
             self._live.discard(name)
 
     @torch.no_grad()
@@ -101,6 +130,15 @@ class LatentCopy:
         for name in self._live & self._latents.keys():
             self._compress(name)
         self._live.clear()
+        self._steps.clear()
+
+    def _take_up(self, name: str) -> None:
+        """What the parameter holds, masked, is the new latent; the parameter goes back to its grid."""
+        parameter = self.parameters[name]
+        if name in self.keep:
+            mask_(parameter, self.keep[name])
+        if name in self._latents:
+            self.scales[name] = requantize_(parameter, self._latents[name], self.bits[name], self.scales[name])
 
     def _compress(self, name: str) -> None:
         self.parameters[name].copy_(quantize(self._latents[name], self.bits[name], self.scales[name]))
@@ -119,10 +157,10 @@ class LatentCopy:
     def apply_mask(self, mask: Mask) -> None:
         """Set what is pruned to zero, from now on."""
         for name, keep in mask.keep.items():
-            self.keep[name] = keep.to(self.parameters[name].device)
-            self.parameters[name].masked_fill_(~self.keep[name], 0.0)
-            if name in self._latents:
-                self._latents[name].masked_fill_(~self.keep[name], 0.0)
+            self.keep[name] = keep
+            for tensor in (self.parameters[name], self._latents.get(name)):
+                if tensor is not None:
+                    mask_(tensor, self.keep[name])
 
     @torch.no_grad()
     def apply_bits(self, allocation: BitAllocation, scales: Mapping[str, Tensor]) -> None:
@@ -134,7 +172,70 @@ class LatentCopy:
             self._latents.setdefault(name, self.parameters[name].detach().clone())
             self._compress(name)
 
+    # --- values that came from elsewhere
+
+    @torch.no_grad()
+    def adopt(self) -> bool:
+        """Take up what someone else wrote into the parameters, such as an average of weights: masked, and on the grid.
+
+        Returns:
+            Whether there was anything.
+        """
+        self.settle()
+        found = False
+        for name, parameter, kept in self._kept():
+            if not torch.equal(parameter, kept):
+                self._take_up(name)
+                found = True
+        return found
+
+    @torch.no_grad()
+    def restore(self) -> bool:
+        """Undo what someone else wrote into the parameters since the last step, as far as masks and grids tell.
+
+        Returns:
+            Whether there was anything.
+        """
+        found = False
+        for _, parameter, kept in self._kept():
+            if not torch.equal(parameter, kept):
+                parameter.copy_(kept)
+                found = True
+        return found
+
+    @torch.no_grad()
+    def holds(self) -> bool:
+        """Whether the parameters are as the last step, or the end of the fit, left them."""
+        return all(torch.equal(parameter, kept) for _, parameter, kept in self._kept())
+
+    def _kept(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Changed parameters with what they should hold, as far as masks and grids tell."""
+        for name, parameter in self.parameters.items():
+            if name in self._latents:
+                kept = quantize(self._latents[name], self.bits[name], self.scales[name])
+            elif name in self.keep:
+                kept = parameter.masked_fill(~self.keep[name].to(parameter.device), 0.0)
+            else:
+                continue
+            yield name, parameter, kept.to(parameter.device)
+
+    @torch.no_grad()
+    def projected(self, name: str, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `adopt` would make of values for a parameter, and the scales of their grid; None without a grid."""
+        values = values.detach().to(self.parameters[name].device)
+        if name in self.keep:
+            values = values.masked_fill(~self.keep[name], 0.0)
+        if name not in self.bits:
+            return values.clone(), None
+        scales = refit_scales(values, self.bits[name], self.scales[name])
+        return quantize(values, self.bits[name], scales), scales
+
     # --- what came of it
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was pruned or quantized."""
+        return bool(self.keep or self.bits)
 
     @property
     def quantized(self) -> bool:
@@ -196,5 +297,14 @@ class LatentCopy:
             part: {name: tensor.to(self.parameters[name].device).clone() for name, tensor in tensors.items()}
             for part, tensors in state.items()
         }
-        self.keep, self.bits, self.scales = placed["keep"], placed["bits"], placed["scales"]
+        self.keep = PackedMasks(self.parameters)
+        self.keep.update(placed["keep"])
+        self.bits, self.scales = placed["bits"], placed["scales"]
         self._latents = placed["latents"]
+
+
+def _several_evaluations(optimizer: Optimizer) -> LatentCopyError:
+    return LatentCopyError(
+        f"{type(optimizer).__name__} evaluates the loss several times within a step, so pruned and quantized weights "
+        "cannot be kept to their values: use a first-order optimizer such as SGD or AdamW"
+    )

@@ -51,7 +51,7 @@ class MixedPrecision(CompressionCallback, Stage):
     Args:
         average_bits: Mean width over all compressible weights, pruned ones included.
         bits: Widths to choose from, each in 2..8.
-        start: When quantized training begins: epochs (whole number) or a share of the fit.
+        start: When quantized training begins: epochs (whole number), a share of the fit, or steps ("1500 steps").
         exclude: Shell-style patterns of layers to leave alone.
         quantization: Whether activations are quantized, too.
 
@@ -82,6 +82,10 @@ class MixedPrecision(CompressionCallback, Stage):
         self.position = 0
         self._done = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For `ddp_spawn`: without the hooks on the layers of an earlier fit."""
+        return {**super().__getstate__(), "activations": None}
+
     def stages(self) -> list[Stage]:
         """This one."""
         return [self]
@@ -110,7 +114,7 @@ class MixedPrecision(CompressionCallback, Stage):
         session.start(batch)
         scoring = session.stage(RelevanceScoring)
         chosen = scoring is not None and scoring.relevance_epochs is not None
-        scores = session.scores if chosen and session.scores is not None else session.rescore(batch) or session.scores
+        scores = session.scores if chosen and session.scores is not None else session.rescore(batch)
         self._done = True
         if scores is None:
             session.record("not quantized", batch, "not quantized: there is no finite relevance to allocate bits by")
@@ -132,10 +136,11 @@ class MixedPrecision(CompressionCallback, Stage):
         """Ranges of what the layers read, on training samples."""
         if self.activations is not None and session.latent.quantized:
             batches = calibration_batches(
-                session.trainer, samples=_RANGE_SAMPLES, seed=session.scoring.seed + session.trainer.global_step
+                session.trainer, samples=_RANGE_SAMPLES, seed=session.scorer.settings.seed + session.trainer.global_step
             )
             with self.activations.measuring():
                 session.run(batches)
+            self.activations.ranges = session.processes.shared(self.activations.ranges)
 
     def float_activations(self) -> AbstractContextManager[None]:
         """Inside, layers read floats."""

@@ -47,7 +47,7 @@ class RelevancePruning(CompressionCallback, Stage):
             with relevance <= 0 first, smallest score first; where the set runs out
             before `sparsity` is met, positive ones follow, least first, and the report says how many. "least":
             smallest score first whatever the sign.
-        start: When the ramp begins: epochs (whole number) or a share of the fit.
+        start: When the ramp begins: epochs (whole number), a share of the fit, or steps ("1500 steps").
         end: When it is done.
         exclude: Shell-style patterns of layers to leave alone.
         pruning: How patiently.
@@ -99,11 +99,8 @@ class RelevancePruning(CompressionCallback, Stage):
     def begin(self, session: Session) -> None:
         """Lay the steps out over the fit."""
         clock = session.clock
-        first, last = clock.check("start of pruning", self.start), clock.batch_of(self.end)
-        if last > clock.batches:
-            raise ValueError(
-                f"end of pruning={self.end} lies past the end of the fit ({clock.label(clock.batches)} epochs)"
-            )
+        first = clock.check("start of pruning", self.start)
+        last = clock.check("end of pruning", self.end, last=True)
         if last < first:
             raise ValueError(f"pruning ends (at {self.end}) before it starts (at {self.start})")
         steps = self.pruning.steps

@@ -30,7 +30,8 @@ class RelevanceScoring(CompressionCallback, Stage):
         scoring: How, and on how many samples.
 
     Attributes:
-        scores: The latest scores; None before the first pass.
+        scores: The latest scores, where `relevance_epochs` is given or no other stage is there; else None, since each
+            use scores anew and no step of the training shall carry them.
 
     Raises:
         ValueError: Epochs that are negative, not in rising order or (in fit) past its end.
@@ -53,6 +54,7 @@ class RelevanceScoring(CompressionCallback, Stage):
         if scoring is not None and not isinstance(scoring, Scoring):
             raise ValueError(f"scoring must be a Scoring(...), got {scoring!r}")
         self.scoring = scoring or Scoring()
+        self._rehearsal = False
         self._done = -1
 
     def stages(self) -> list[Stage]:
@@ -61,13 +63,14 @@ class RelevanceScoring(CompressionCallback, Stage):
 
     @property
     def scores(self) -> ScoreMap | None:
-        """The latest scores of this fit."""
+        """The latest scores of this fit; None where every stage scores for itself and they were used at once."""
         return self.session.scores if self.session is not None else None
 
     def begin(self, session: Session) -> None:
         """Hand the settings to the session; a list of epochs must end before the fit does."""
         epochs, length = self.relevance_epochs, session.clock.epoch_of(session.clock.batches)
-        if isinstance(epochs, tuple) and length is not None and epochs[-1] >= length:
+        self._rehearsal = session.clock.rehearsal
+        if isinstance(epochs, tuple) and length is not None and epochs[-1] >= length and not self._rehearsal:
             raise ValueError(
                 f"relevance_epochs={list(epochs)} reaches past the end of the fit, which has {length:g} epochs, "
                 "counted from 0"
@@ -78,10 +81,11 @@ class RelevanceScoring(CompressionCallback, Stage):
                 f"statistics with 'standard_error' need at least {LEAST_BATCHES} batches, but "
                 f"samples={self.scoring.samples} are {batches} of this loader's: raise samples in Scoring(...)"
             )
-        session.scoring, session.criterion = self.scoring, self.criterion
+        session.scorer.settings, session.scorer.criterion = self.scoring, self.criterion
         alone = not any(stage.needs_scores and stage is not self for stage in session.stages)
         self._every = 1 if alone and self.relevance_epochs is None else 0
         session.keeps_scores = self.relevance_epochs is not None
+        session.holds_scores = session.keeps_scores or alone
 
     def advance(self, session: Session, batch: int) -> None:
         """Score at the start of a chosen epoch, once."""
@@ -97,7 +101,7 @@ class RelevanceScoring(CompressionCallback, Stage):
             session.record("scored", batch, message, samples=scores.samples)
 
     def _chosen(self, epoch: int) -> bool:
-        if self._every:
+        if self._every or (self._rehearsal and self.relevance_epochs is not None):
             return True
         if isinstance(self.relevance_epochs, int):
             return epoch % self.relevance_epochs == 0

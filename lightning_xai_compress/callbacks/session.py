@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,27 +13,24 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_xai_compress.callbacks.calibration import (
-    calibration_batches,
-    forward,
-    tracked_norms,
-    training_batch_size,
-    update_batchnorm,
-)
-from lightning_xai_compress.callbacks.clock import clock_of
-from lightning_xai_compress.callbacks.console import progress
+from lightning_xai_compress.callbacks.averaging import Averaging
+from lightning_xai_compress.callbacks.batchnorm import RunningStatistics
+from lightning_xai_compress.callbacks.calibration import forward, training_loaders
+from lightning_xai_compress.callbacks.clock import clock_of, epochs_done, position_of
 from lightning_xai_compress.callbacks.latent import LatentCopy
+from lightning_xai_compress.callbacks.logs import Logs
+from lightning_xai_compress.callbacks.monitor import check_monitors
 from lightning_xai_compress.callbacks.outline import schedule_table
-from lightning_xai_compress.callbacks.stage import Scoring, Stage
-from lightning_xai_compress.criteria import Criterion, criterion_name, score
+from lightning_xai_compress.callbacks.processes import Processes
+from lightning_xai_compress.callbacks.scorer import Scorer
+from lightning_xai_compress.callbacks.stage import Stage
+from lightning_xai_compress.criteria import criterion_name
 from lightning_xai_compress.errors import NonFiniteError, RelevanceError
 from lightning_xai_compress.layers import find_layers
 from lightning_xai_compress.plan import ScoreMap, Skipped
-from lightning_xai_compress.relevance import Explain, Statistic, evaluation
+from lightning_xai_compress.relevance import evaluation
 
 __all__ = ["Session"]
-
-_BATCHNORM_SAMPLES = 4096
 
 
 class Session:
@@ -51,6 +47,7 @@ class Session:
         self, trainer: Trainer, module: LightningModule, stages: Sequence[Stage], restored: dict[str, Any]
     ) -> None:
         self.trainer = trainer
+        self.processes = Processes(trainer)
         self.module = module
         self.stages = sorted(stages, key=lambda stage: stage.rank)
         # a layer that one stage excludes is left alone by all: no layer is half compressed
@@ -58,21 +55,21 @@ class Session:
         parameters = dict(module.named_parameters())
         self.latent = LatentCopy({name: parameters[name] for name in layers.names})
         self.skipped = list(layers.skipped)
-        self.scoring = Scoring()
-        self.criterion: str | Criterion = "lrp"
-        self.keeps_scores = False
+        self.scorer = Scorer(trainer, module, self.processes, self.stages, layers.names)
+        self.keeps_scores = False  # in checkpoints, for a later use
+        self.holds_scores = False  # else they go once they are used: three or more copies of the weights
         self.scores: ScoreMap | None = None
         self.history: list[dict[str, Any]] = []
+        self.logs = Logs()
         self.halted = ""
         self.started = False
         self._warned = False
         self.epoch_begins = False
         self._shares: dict[str, float] = {}
         self.clock = clock_of(trainer)
-        self._norms = tracked_norms(module)
-        self._norms_of_step = -1
-        self._norm_buffers: list[tuple[Tensor, Tensor]] = []
         self.open = True
+        self.batchnorm = RunningStatistics(trainer, module, lambda: self.processes.share_buffers(module))
+        self.averaging = Averaging(trainer, module, self.latent, self.batchnorm.names())
         self._load(restored)
 
     def begin(self) -> None:
@@ -81,10 +78,12 @@ class Session:
         Raises:
             ValueError, CompressionError: What is wrong, before the first batch.
         """
+        check_monitors(self.trainer, next((stage.metric_key for stage in self.stages if stage.metric_key), ""))
         for stage in self.stages:
             stage.begin(self)
         if any(stage.needs_scores for stage in self.stages):
-            scores = self._probe()
+            scores = self.scorer.probe()
+            self._name_unknown(scores)
             for stage in self.stages:
                 stage.check_scores(scores)
         self.latent.attach(self.trainer.optimizers)
@@ -94,23 +93,51 @@ class Session:
     def advance(self, batch_idx: int) -> None:
         """Let every stage do what is due at this batch of the epoch."""
         self.epoch_begins = batch_idx == 0
+        self.batchnorm.before_batch()
+        if self.epoch_begins:
+            self.latent.adopt()
         for stage in self.stages:
             stage.advance(self, self.position(batch_idx))
-        if not self._norm_buffers:  # else the last step was dropped, and these are still the last good ones
-            self._norm_buffers = [(each, each.clone()) for norm in self._norms for each in norm.buffers()]
+        self.logs.write(self)
+        if not self.holds_scores:
+            self.scores = None
 
     def finish(self) -> None:
         """BatchNorm, then the stages' last words."""
-        self.latent.settle()
-        self.refresh_batchnorm()
+        for loader in training_loaders(self.trainer):  # as it is, unless a resumed fit had no batch left
+            if callable(set_epoch := getattr(loader.sampler, "set_epoch", None)):
+                set_epoch(max(self.trainer.current_epoch - 1, 0))
+        foreign = self.latent.adopt()
+        if self.latent.changed:
+            self.batchnorm.refresh(again=foreign or self.averaging.present)
         for stage in self.stages:
             stage.finish(self)
+
+    def export(self) -> None:
+        """Only finish: the checkpoint was the last of its fit."""
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        for stage in self.stages:
+            stage.begin(self)
+        self.finish()
+
+    def belongs_to(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether it was a fit of these."""
+        return self.trainer is trainer and self.module is module
+
+    def seal(self) -> None:
+        """Nothing may change the exported weights any more."""
+        if self.latent.restore():
+            rank_zero_warn(
+                "Another callback changed weights after the export (in on_train_end, say): pruned weights are zero "
+                "and quantized ones on their grid again, as in the files. List that callback before this one"
+            )
 
     def close(self) -> None:
         """Leave the model compressed and usable; may be called twice."""
         if self.open:
             self.open = False
             self.latent.detach()
+            self.averaging.close()
             for stage in self.stages:
                 stage.close()
 
@@ -121,19 +148,20 @@ class Session:
         return next((stage for stage in self.stages if isinstance(stage, kind)), None)
 
     def position(self, batch_idx: int) -> int:
-        """Batches since the start of the fit."""
-        if self.clock.epoch_batches is None:
-            return self.trainer.fit_loop.epoch_loop.total_batch_idx
-        return self.trainer.current_epoch * self.clock.epoch_batches + batch_idx
+        """Batches since the start of the fit, as its clock counts them."""
+        return position_of(self.clock, self.trainer, batch_idx)
 
-    def epoch(self, batch: int) -> float:
-        """Epochs done at a batch."""
-        known = self.clock.epoch_of(batch)
-        return self.trainer.current_epoch if known is None else round(known, 4)
+    def epoch(self) -> float:
+        """Epochs done when the batch that trains now began."""
+        return epochs_done(self.clock, self.trainer, self.trainer.fit_loop.epoch_loop.batch_idx)
 
     def epoch_after_batch(self) -> float:
         """Epochs done when the batch that trains now is over."""
-        return self.epoch(self.position(self.trainer.fit_loop.epoch_loop.batch_idx + 1))
+        return epochs_done(self.clock, self.trainer, self.trainer.fit_loop.epoch_loop.batch_idx + 1)
+
+    def progress(self) -> float:
+        """Share of the fit done when the batch that trains now is over, in [0, 1]."""
+        return min(self.position(self.trainer.fit_loop.epoch_loop.batch_idx + 1) / self.clock.batches, 1.0)
 
     def start(self, batch: int) -> None:
         """Tell all stages, once, that the weights are about to change."""
@@ -144,21 +172,14 @@ class Session:
 
     def rescore(self, batch: int) -> ScoreMap | None:
         """Score all layers on training samples; None, and a halt, where relevance is not finite or nowhere."""
-        samples = self.scoring.samples
-        total = max(1, -(-samples // training_batch_size(self.trainer)))
-        seed = self.scoring.seed * 1_000_003 + batch
         try:
-            self._agree_on_buffers()
-            with progress(self.trainer, "relevance", total) as advance:
-                batches = calibration_batches(self.trainer, samples=samples, seed=seed)
-                scores = self.score(batches, seed=seed, on_batch=advance)
+            scores = self.scorer.training_samples(batch)
         except NonFiniteError as error:
             self.halt(f"relevance is not finite: {error}")
             return None
         except RelevanceError as error:
             self.halt(f"weights could not be scored: {error}")
             return None
-        scores = self._agree_on_scores(scores)
         sums = {
             name: float(scores.relevance[name].abs().nansum()) for name in scores.score if name not in scores.unknown
         }
@@ -167,38 +188,8 @@ class Session:
             return None
         self.scores = scores
         self._shares = {name: value / sum(sums.values()) for name, value in sums.items()}
+        self.logs.scored()
         return scores
-
-    def score(
-        self,
-        batches: Iterable[Any],
-        *,
-        seed: int,
-        criterion: str | Criterion | None = None,
-        explain: Explain | None = None,
-        statistics: Sequence[Statistic] | None = None,
-        heatmaps: int = 0,
-        on_batch: Callable[[], None] | None = None,
-    ) -> ScoreMap:
-        """Score some batches by the criterion and the settings of this fit, where no others are given."""
-        with ExitStack() as stack:
-            for stage in self.stages:
-                stack.enter_context(stage.float_activations())
-            return score(
-                self.module,
-                batches,
-                self.criterion if criterion is None else criterion,
-                composite=self.scoring.composite,
-                explain=explain or self.scoring.explain,
-                statistics=self.scoring.statistics if statistics is None else statistics,
-                epsilon=self.scoring.epsilon,
-                attention=self.scoring.attention,
-                baseline=self.scoring.baseline,
-                layers=tuple(self.latent.parameters),
-                heatmaps=heatmaps,
-                seed=seed,
-                on_batch=on_batch,
-            )
 
     @torch.no_grad()
     def run(self, batches: Iterable[Any]) -> None:
@@ -207,31 +198,10 @@ class Session:
             for index, batch in enumerate(batches):
                 forward(self.module, batch, index)
 
-    def _agree_on_buffers(self) -> None:
-        """BatchNorm statistics of rank 0, as DDP itself takes them: scores are made in evaluation mode."""
-        if self.trainer.world_size > 1:
-            for buffer in self.module.buffers():
-                buffer.copy_(self.trainer.strategy.broadcast(buffer))
-
-    def _agree_on_scores(self, scores: ScoreMap) -> ScoreMap:
-        """The mean over ranks, which all score the same samples: equal to the last bit, whatever the devices did."""
-        if self.trainer.world_size == 1:
-            return scores
-
-        def mean(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: self.trainer.strategy.reduce(tensor, reduce_op="mean") for name, tensor in tensors.items()}
-
-        return replace(
-            scores,
-            score=mean(scores.score),
-            relevance=mean(scores.relevance),
-            sensitivity=mean(scores.sensitivity),
-        )
-
     @property
     def provenance(self) -> dict[str, str]:
         """How the model was made, for the files."""
-        return {"model": type(self.module).__qualname__, "criterion": criterion_name(self.criterion)}
+        return {"model": type(self.module).__qualname__, "criterion": criterion_name(self.scorer.criterion)}
 
     @property
     def relevance_shares(self) -> dict[str, float]:
@@ -252,28 +222,23 @@ class Session:
 
     def record(self, event: str, batch: int, message: str, **facts: float | int | str) -> None:
         """Remember a step for the report, and say it once."""
-        self.history.append({"event": event, "epoch": self.epoch(batch), **facts})
-        rank_zero_info(f"[compression] epoch {self.epoch(batch):.2f}: {message}")
+        self.history.append({"event": event, "epoch": self.epoch(), **facts})
+        self.logs.decided()
+        rank_zero_info(f"[compression] epoch {self.epoch():.2f}: {message}")
 
     # --- during training
-
-    def on_epoch_start(self) -> None:
-        """Remember which BatchNorm layers train, since validation shows all in evaluation mode."""
-        self._norms = tracked_norms(self.module)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Keep a step with non-finite gradients away from the weights; a gradient scaler does that itself."""
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if not scaled and not _finite_gradients(optimizer):
             optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, good in self._norm_buffers:
-                    buffer.copy_(good)
+            self.batchnorm.drop()
             self._not_finite(
                 f"loss or gradients are not finite at step {self.trainer.global_step}; such steps are left out"
             )
         else:
-            self._norm_buffers = []
+            self.batchnorm.keep()
         self.latent.before_step(optimizer)
 
     def after_batch(self, outputs: Any) -> None:
@@ -290,25 +255,31 @@ class Session:
             self._warned = True
             rank_zero_warn(f"before compression began: {reason}")
 
-    def refresh_batchnorm(self) -> None:
-        """Estimate BatchNorm statistics of compressed weights anew, once per set of weights."""
-        changed = self.latent.keep or self.latent.quantized
-        if not changed or self._norms_of_step == self.trainer.global_step or not self._norms:
-            return
-        self._norms_of_step = self.trainer.global_step
-        validating = self.trainer.validating
-        self.trainer.training = True  # the batch hooks ask, and these are training batches
-        try:
-            with isolate_rng(), self.trainer.precision_plugin.forward_context():
-                update_batchnorm(
-                    self.module,
-                    self._norms,
-                    calibration_batches(self.trainer, samples=_BATCHNORM_SAMPLES, seed=self.trainer.global_step),
-                )
-            self._agree_on_buffers()
-        finally:
-            if validating:
-                self.trainer.validating = True
+    def before_validation(self) -> None:
+        """Make BatchNorm statistics those of the compressed weights."""
+        if not self.averaging.present and self.latent.changed:
+            self.batchnorm.refresh()
+
+    def before_validation_batch(self) -> None:
+        """An average is in the module now: what validates is the average masked and on the grid."""
+        if self.averaging.present:
+            self.averaging.show(lambda: self.batchnorm.refresh(again=True, borrowed=True))
+
+    def after_validation(self) -> None:
+        """Let the stages see the weights that were validated."""
+        with self.averaging.shown():
+            for stage in self.stages:
+                stage.after_validation(self)
+
+    def after_epoch(self) -> None:
+        """Let the stages see what was measured where nothing validates."""
+        for stage in self.stages:
+            stage.after_epoch(self)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was planned has been done to the weights."""
+        return all(stage.complete for stage in self.stages)
 
     # --- checkpoints
 
@@ -317,6 +288,8 @@ class Session:
         state: dict[str, Any] = {
             "start": self.clock.start,
             "latent": self.latent.state_dict(),
+            "averaged": self.averaging.state_dict(),
+            "batchnorm": self.batchnorm.state_dict(),
             "stages": {type(stage).__name__: stage.state() for stage in self.stages},
             "history": [dict(event) for event in self.history],
             "skipped": [asdict(entry) for entry in self.skipped],
@@ -342,6 +315,9 @@ class Session:
             return
         self.clock = clock_of(self.trainer, start=state["start"])
         self.latent.load_state_dict(state["latent"])
+        self.averaging.load_state_dict(state.get("averaged", {}))
+        self.batchnorm.load_state_dict(state.get("batchnorm", {}))
+        self.latent.adopt()  # a checkpoint of averages, resumed without them
         self.history = list(state["history"])
         self.skipped = [Skipped(**entry) for entry in state["skipped"]]
         self.halted = state["halted"]
@@ -350,21 +326,14 @@ class Session:
         if "scores" in state:
             self.scores = ScoreMap(**state["scores"])
 
-    def _probe(self) -> ScoreMap:
-        """Score one batch: finds a batch that is not understood, and layers that get no relevance."""
-        batches = calibration_batches(self.trainer, samples=1, seed=self.scoring.seed)
-        try:
-            # the margin: logits may all be negative before training
-            scores = self.score(batches, seed=self.scoring.seed, explain="margin", statistics=("rms",))
-        except NonFiniteError as error:
-            raise NonFiniteError(f"relevance is not finite before the first batch: {error}") from error
+    def _name_unknown(self, scores: ScoreMap) -> None:
+        """Add to what is skipped the layers whose relevance is unknown."""
         known = {entry.name for entry in self.skipped}
         for name in scores.unknown:
             layer = name.rpartition(".")[0] or name
             if layer not in known:
                 reason = "relevance unknown (not reached by an ordinary layer call): never pruned, largest bit width"
                 self.skipped.append(Skipped(layer, reason))
-        return scores
 
 
 def _finite_gradients(optimizer: Optimizer) -> bool:

@@ -121,8 +121,16 @@ class Stage(ABC):
     def advance(self, session: Session, batch: int) -> None:
         """Do what is due at a batch, counted from the start of the fit."""
 
+    @property
+    def metric_key(self) -> str:
+        """Under which the metric of the compressed model is found in `trainer.callback_metrics`; "" for none."""
+        return ""
+
     def after_validation(self, session: Session) -> None:  # noqa: B027
         """A validation of this fit is over; its metrics are in `trainer.callback_metrics`."""
+
+    def after_epoch(self, session: Session) -> None:  # noqa: B027
+        """An epoch of training, and its validation, are over."""
 
     def finish(self, session: Session) -> None:  # noqa: B027
         """The last batch and the last validation are over."""
@@ -130,6 +138,9 @@ class Stage(ABC):
     def float_activations(self) -> AbstractContextManager[None]:
         """Within it the model computes with float activations: for scoring."""
         return nullcontext()
+
+    def failed(self) -> None:  # noqa: B027
+        """The fit has raised an error, perhaps before anything of it ran in this process."""
 
     def close(self) -> None:  # noqa: B027
         """The fit is over, perhaps by an error: take back what was attached to the model; may be called twice."""

@@ -159,9 +159,11 @@ def _check_model(path: str | Path, entries: Sequence[Entry], model: nn.Module) -
     }
     text = "; ".join(f"{what}: {few(names)}" for what, names in findings.items() if names)
     if text:
+        wrapped = any("_orig_mod." in name for name in (*own, *stored))
+        hint = ". torch.compile(layer) puts _orig_mod. into names: wrap the same layers, or use layer.compile()"
         raise ArtifactError(
             f"{path} is of another model than this {type(model).__name__}. Expected the same tensors, got {text}. "
-            "Build the model as it was when it was exported"
+            f"Build the model as it was when it was exported{hint if wrapped else ''}"
         )
 
 

@@ -8,6 +8,7 @@ rounded scale) and halves their place on disk.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torchao.quantization import dequantize_affine, quantize_affine  # noqa: E40
 
 _pytree.disabled = _was_disabled
 
-__all__ = ["fit_scales", "quantize", "refit_scales"]
+__all__ = ["fit_scales", "in_memory_order", "largest_code", "least_squares", "quantize", "refit_scales"]
 
 _CANDIDATES = 80
 
@@ -46,7 +47,7 @@ def quantize(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
 
 
 def _codes(rows: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
-    limit = (scale * _largest_code(bits)).unsqueeze(1)
+    limit = (scale * largest_code(bits)).unsqueeze(1)
     step = torch.where(scale > 0, scale, 1.0)
     block = (1, rows.shape[1])
     clipped = rows.clamp(-limit, limit)
@@ -65,11 +66,28 @@ def refit_scales(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
     Returns:
         New scales, float32 but exact in bfloat16; a channel without codes keeps its scale.
     """
-    rows = weight.detach().flatten(1).float()
+    rows = in_memory_order(weight.detach(), weight.stride()).flatten(1).float()
     codes = _codes(rows, bits, scale).float()
-    power = codes.square().sum(1)
-    fitted = (rows * codes).sum(1) / power.clamp(min=1.0)
-    return _round(torch.where((power > 0) & (fitted > 0), fitted, scale))
+    return least_squares((rows * codes).sum(1), codes.square().sum(1), scale)
+
+
+def least_squares(products: Tensor, squares: Tensor, scale: Tensor) -> Tensor:
+    """Scales from each channel's sums of weight * code and of code^2; `scale` where there are no codes."""
+    fitted = products / squares.clamp(min=1.0)
+    return _round(torch.where((squares > 0) & (fitted > 0), fitted, scale))
+
+
+def in_memory_order(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """A view whose dimensions after the first lie as memory of these strides has them.
+
+    The sum over a channel depends on the order of its weights in its last digits. In this order it needs no copy,
+    with channels_last neither.
+
+    Args:
+        tensor: Shape [channels, ...].
+        stride: Of the tensor, or of another one of its shape whose order is wanted.
+    """
+    return tensor.permute(0, *sorted(range(1, tensor.dim()), key=lambda dimension: -stride[dimension]))
 
 
 def fit_scales(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +119,8 @@ def fit_scales(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return best, (quantize(weight.detach().float(), width, best) - weight.detach().float()).square()
 
 
-def _largest_code(bits: Tensor) -> Tensor:
+def largest_code(bits: Tensor) -> Tensor:
+    """Codes of each width reach from minus this to this."""
     return 2.0 ** (bits.float() - 1) - 1
 
 

@@ -10,6 +10,7 @@ from lightning_xai_compress.relevance.norms import input_norms
 from lightning_xai_compress.relevance.statistics import (
     LEAST_BATCHES,
     STATISTICS,
+    Processes,
     RelevanceSums,
     Statistic,
     check_statistics,
@@ -21,6 +22,7 @@ __all__ = [
     "STATISTICS",
     "AttentionRule",
     "Explain",
+    "Processes",
     "Propagation",
     "RelevanceSums",
     "Statistic",

@@ -8,7 +8,8 @@ r^2 = w^2 wgrad(x^2, c^2), and sum max(r, 0) = (sum |r| + sum r) / 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, get_args
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from lightning_xai_compress.errors import NonFiniteError, RelevanceError
 from lightning_xai_compress.plan import HeatMaps, ScoreMap, Skipped, unknown_rows
 
-__all__ = ["LEAST_BATCHES", "STATISTICS", "RelevanceSums", "Statistic", "check_statistics"]
+__all__ = ["LEAST_BATCHES", "STATISTICS", "Processes", "RelevanceSums", "Statistic", "check_statistics"]
 
 Statistic = Literal["rms", "absolute", "positive", "standard_error"]
 STATISTICS: tuple[str, ...] = get_args(Statistic)
@@ -34,6 +35,18 @@ def check_statistics(statistics: Iterable[str]) -> tuple[Statistic, ...]:
     if isinstance(statistics, str) or len(known) < len(chosen):
         raise ValueError(f"statistics must be a list of some of {', '.join(STATISTICS)}, got {statistics!r}")
     return known
+
+
+class Processes(Protocol):
+    """Processes that each see other batches of the same model; all must call alike."""
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over all processes; the tensor may be used up."""
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """A `CompressionError` that is raised inside on one process is raised on all."""
+        ...
 
 
 class RelevanceSums:
@@ -111,7 +124,7 @@ class RelevanceSums:
         self.folded = other.folded | self.folded
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Add up over processes that each saw other batches.
+        """Add up over processes that each saw other batches, or none.
 
         Args:
             total: Gives the sum of a tensor over all processes, such as
@@ -120,10 +133,14 @@ class RelevanceSums:
         device = next(iter(self.weights.values())).device
         counts = torch.tensor([self.samples, self.batches, self.left_out], device=device)
         self.samples, self.batches, self.left_out = total(counts).tolist()
-        for name in self.weights:  # in the same order on all processes
+        folds = total(torch.tensor([float(name in self.folded) for name in self.weights], device=device)).tolist()
+        for (name, weight), folded in zip(self.weights.items(), folds, strict=True):  # in one order on all processes
             for totals in self.sums.values():
-                totals[name] = total(totals[name])
+                totals[name] = total(totals[name].contiguous())
             self.seen[name] = total(self.seen[name].to(torch.float32)) > 0
+            if folded:  # the same factors wherever a batch came by
+                own = self.folded[name].expand_as(weight) if name in self.folded else torch.zeros_like(weight)
+                self.folded[name] = total(own.contiguous().clone()).div_(folded)
 
     def score_map(self, skipped: tuple[Skipped, ...] = (), heatmaps: HeatMaps | None = None) -> ScoreMap:
         """Means over samples, and the score that ranks.

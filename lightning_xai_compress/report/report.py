@@ -125,13 +125,40 @@ class Report:
             layer["bits"] = {str(width): channels for width, channels in layer["bits"].items()}
         return result
 
+    def to_json(self) -> str:
+        """As `report.json` holds it; numbers that are not finite are null."""
+        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read what `write` wrote."""
+        values = json.loads(path.read_text())
+        sizes = values["sizes"]
+        if sizes is not None:
+            sizes = Sizes(**{**sizes, "dense": None if sizes["dense"] is None else DenseSizes(**sizes["dense"])})
+        return cls(
+            **{
+                **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()},
+                "dense": Measured(**values["dense"]),
+                "compressed": Measured(**values["compressed"]),
+                "artifacts": tuple(Artifact(**each) for each in values["artifacts"]),
+                "layers": tuple(
+                    LayerReport(**{**each, "bits": {int(width): count for width, count in each["bits"].items()}})
+                    for each in values["layers"]
+                ),
+                "skipped": tuple(Skipped(**each) for each in values["skipped"]),
+                "failed": tuple(Skipped(**each) for each in values["failed"]),
+                "sizes": sizes,
+            }
+        )
+
     def write(self, path: Path) -> None:
         """Write `report.json`; an old one stays until the new one is complete.
 
         Raises:
             ArtifactError: It cannot be written.
         """
-        text = json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n"
+        text = self.to_json()
         write_atomically(path, lambda part: part.write_text(text))
 
 

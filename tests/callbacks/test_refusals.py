@@ -51,7 +51,8 @@ from toy import Corners, ToyNet, compression, fit
         ({"sparsity": float("nan")}, "sparsity must be finite, got nan"),
         ({"average_bits": None}, "average_bits must be a number, got None"),
         ({"bits": 4}, "bits must be a list of widths such as [2, 4, 8], got 4"),
-        ({"warmup": "3"}, "warmup, a whole number of epochs or a share of the fit, must be a number, got '3'"),
+        ({"warmup": "3"}, "warmup as a text must be a whole number of steps or epochs, such as '1500 steps'"),
+        ({"warmup": None}, "warmup, a whole number of epochs, a share of the fit or a text such as '1500 steps', must"),
         ({"relevance_epochs": True}, "relevance_epochs as a number must be a whole number, got True"),
         ({"relevance_epochs": [1.5]}, "each of relevance_epochs must be a whole number, got 1.5"),
         ({"metric": MulticlassAccuracy}, "(an object, such as MulticlassAccuracy(10), no class and no collection)"),
@@ -329,31 +330,9 @@ def test_a_named_metric_of_earlier_weights_is_not_passed_off_as_the_final_one(tm
     assert callback.report.compressed.accuracy is None
 
 
-def test_weight_averaging_is_refused(tmp_path):
-    from lightning.pytorch.callbacks import EMAWeightAveraging
-
-    with pytest.raises(ValueError, match="EMAWeightAveraging averages weights after they were pruned and quantized"):
-        fit(tmp_path, [compression(tmp_path), EMAWeightAveraging()])
-
-
 def test_the_same_stage_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the Trainer has RelevancePruning twice: XAICompression already brings all"):
         fit(tmp_path, [compression(tmp_path), RelevancePruning(sparsity=0.5)])
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
-def test_sharded_strategies_are_refused(tmp_path, strategy):
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
-    class FSDPStrategy(SingleDeviceStrategy):
-        pass
-
-    class DeepSpeedStrategy(SingleDeviceStrategy):
-        pass
-
-    kind = {"fsdp": FSDPStrategy, "deepspeed": DeepSpeedStrategy}[strategy]
-    with pytest.raises(ValueError, match=f"{kind.__name__} is not supported: weights must be whole on every device"):
-        fit(tmp_path, [compression(tmp_path)], strategy=kind("cpu"))
 
 
 @pytest.mark.parametrize("stage", [RelevanceScoring, RelevancePruning, MixedPrecision, CompressedExport])

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_xai_compress import MixedPrecision, Pruning, Quantization, RelevancePruning
 
-from toy import ToyNet, compression, fit
+from toy import Corners, ToyNet, compression, fit
 
 
 def checkpoints(folder, **settings):
@@ -134,3 +134,47 @@ def test_stages_may_be_listed_in_another_order_on_resuming(tmp_path):
 
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_a_second_fit_of_the_same_trainer_and_model_goes_on_with_the_compressed_weights(tmp_path):
+    callback = compression(tmp_path)
+    model, run = fit(tmp_path, [callback])
+    plan = callback.session.latent.plan()
+
+    run.fit_loop.max_epochs = 10
+    run.fit(model, datamodule=Corners())
+
+    again = callback.session.latent.plan()
+    for name in plan.mask.keep:
+        assert torch.equal(plan.mask[name], again.mask[name])
+        assert torch.equal(plan.allocation[name], again.allocation[name])
+        assert not dict(model.named_parameters())[name][~plan.mask[name]].any()
+    assert len(model.losses) == 10 * 4
+    assert callback.report.artifacts[0].max_abs_diff == 0
+
+
+def test_a_second_fit_with_other_weights_in_the_model_starts_afresh(tmp_path):
+    callback = compression(tmp_path)
+    model, run = fit(tmp_path, [callback])
+    model.load_state_dict(ToyNet().state_dict())
+    run.fit_loop.max_epochs = 16
+
+    run.fit(model, datamodule=Corners())
+
+    assert callback.session.clock.start == 32
+    assert next(event["epoch"] for event in callback.report.history if event["event"] == "pruned") == 10
+
+
+def test_the_same_trainer_with_another_model_starts_afresh(tmp_path):
+    callback = compression(tmp_path)
+    first, run = fit(tmp_path, [callback])
+    kept = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    run.fit_loop.max_epochs = 16
+    other = ToyNet()
+
+    run.fit(other, datamodule=Corners())
+
+    assert callback.report.sparsity == 0.5
+    assert callback.session.module is other
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in first.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in first.modules())

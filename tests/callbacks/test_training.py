@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_xai_compress import LatentCopyError, Scoring, load_compressed
 
-from toy import Corners, EpochSampler, ToyNet, compression, fit
+from toy import Corners, EpochSampler, ToyNet, compression, fit, watch_scores
 
 
 class Watch(L.Callback):
@@ -29,7 +29,9 @@ class Watch(L.Callback):
             if name in latent.bits:
                 codes = parameter.float().flatten(1) / latent.scales[name].clamp(min=1e-30).unsqueeze(1)
                 limit = (2.0 ** (latent.bits[name].float() - 1) - 1).unsqueeze(1)
-                tolerance = 1e-3 if parameter.dtype == torch.float32 else 0.51  # bfloat16 rounds the value itself
+                tolerance = (
+                    1e-3 if parameter.dtype == torch.float32 else 0.26
+                )  # bfloat16 rounds the value itself, by 2^-9 of it
                 assert ((codes - codes.round()).abs() <= tolerance).all()
                 assert (codes.round().abs() <= limit).all()
                 self.checked += 1
@@ -198,7 +200,7 @@ def test_calibration_batches_go_through_the_users_batch_hooks(tmp_path):
     assert len(ours.calls) > len(plain.calls)
 
 
-def test_a_custom_batch_sampler_and_collate_are_used(tmp_path):
+def test_a_custom_batch_sampler_and_collate_are_used(tmp_path, monkeypatch):
     class Custom(Corners):
         def train_dataloader(self):
             sampler = torch.utils.data.BatchSampler(EpochSampler(len(self.data)), 8, drop_last=False)
@@ -208,10 +210,11 @@ def test_a_custom_batch_sampler_and_collate_are_used(tmp_path):
 
             return DataLoader(self.data, batch_sampler=sampler, collate_fn=collate)
 
+    scores = watch_scores(monkeypatch)
     callback = compression(tmp_path)
     fit(tmp_path, [callback], data=Custom())
 
-    assert callback.session.scores.samples == 32
+    assert {each.samples for each in scores} == {32}
     assert callback.report.sparsity == 0.5
 
 
@@ -250,7 +253,7 @@ def test_calibration_draws_only_what_the_sampler_gives(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["drop last", "own batch sampler", "whole batches"])
-def test_calibration_batches_are_like_the_training_ones(tmp_path, kind):
+def test_calibration_batches_are_like_the_training_ones(tmp_path, kind, monkeypatch):
     """With one sample too many, a ragged batch of one would be too small for BatchNorm on vectors."""
     sizes = []
 
@@ -283,10 +286,11 @@ def test_calibration_batches_are_like_the_training_ones(tmp_path, kind):
             x = F.avg_pool2d(F.relu(self.second(x)), 3)
             return self.head(self.flat(x.flatten(1)))
 
+    scores = watch_scores(monkeypatch)
     callback = compression(tmp_path, scoring=Scoring(samples=20))
     fit(tmp_path, [callback], Vectors, data=Ragged(65), limit_val_batches=0)
 
-    assert callback.session.scores.samples == 32  # whole batches of 16
+    assert {each.samples for each in scores} == {32}  # whole batches of 16
     assert set(sizes) == {16}
     assert callback.report.sparsity == 0.5
 
