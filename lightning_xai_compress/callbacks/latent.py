@@ -27,6 +27,8 @@ from lightning_xai_compress.quantization import mask_, quantize, refit_scales, r
 
 __all__ = ["LatentCopy"]
 
+_REFIT = 8  # steps; scales move slowly, and fitting them takes as long as all else that is done after a step
+
 
 class LatentCopy:
     """Keeps masks, bit widths, scales and latents of the compressible parameters, and keeps the parameters to them.
@@ -41,6 +43,7 @@ class LatentCopy:
         self.bits: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self._latents: dict[str, Tensor] = {}
+        self._ages: dict[str, int] = {}  # steps since the scales were fitted
         self._live: set[str] = set()
         self._steps: list[Optimizer] = []  # under way; one that wraps another has both
         self._evaluations = 0
@@ -121,7 +124,8 @@ class LatentCopy:
                     "self.optimizers().step(), not self.optimizers(use_pl_optimizer=False), nor an optimizer that "
                     "configure_optimizers does not return"
                 )
-            self._take_up(name)
+            self._ages[name] = (self._ages.get(name, 0) + 1) % _REFIT
+            self._take_up(name, refit=self._ages[name] == 0)
             self._live.discard(name)
 
     @torch.no_grad()
@@ -132,13 +136,14 @@ class LatentCopy:
         self._live.clear()
         self._steps.clear()
 
-    def _take_up(self, name: str) -> None:
+    def _take_up(self, name: str, *, refit: bool) -> None:
         """What the parameter holds, masked, is the new latent; the parameter goes back to its grid."""
-        parameter = self.parameters[name]
-        if name in self.keep:
-            mask_(parameter, self.keep[name])
+        parameter, keep = self.parameters[name], self.keep.get(name)
         if name in self._latents:
-            self.scales[name] = requantize_(parameter, self._latents[name], self.bits[name], self.scales[name])
+            bits, scale = self.bits[name], self.scales[name]
+            self.scales[name] = requantize_(parameter, self._latents[name], bits, scale, keep=keep, refit=refit)
+        elif keep is not None:
+            mask_(parameter, keep)
 
     def _compress(self, name: str) -> None:
         self.parameters[name].copy_(quantize(self._latents[name], self.bits[name], self.scales[name]))
@@ -169,6 +174,7 @@ class LatentCopy:
         for name in allocation.bits:
             self.bits[name] = allocation[name]
             self.scales[name] = scales[name]
+            self._ages[name] = 0
             self._latents.setdefault(name, self.parameters[name].detach().clone())
             self._compress(name)
 
@@ -185,7 +191,7 @@ class LatentCopy:
         found = False
         for name, parameter, kept in self._kept():
             if not torch.equal(parameter, kept):
-                self._take_up(name)
+                self._take_up(name, refit=True)
                 found = True
         return found
 
@@ -276,6 +282,7 @@ class LatentCopy:
             "bits": dict(self.bits),
             "scales": dict(self.scales),
             "latents": dict(self._latents),
+            "ages": {name: torch.tensor(self._ages.get(name, 0)) for name in self._latents},
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -301,6 +308,7 @@ class LatentCopy:
         self.keep.update(placed["keep"])
         self.bits, self.scales = placed["bits"], placed["scales"]
         self._latents = placed["latents"]
+        self._ages = {name: int(age) for name, age in placed["ages"].items()}
 
 
 def _several_evaluations(optimizer: Optimizer) -> LatentCopyError:

@@ -13,7 +13,7 @@ from lightning_xai_compress.quantization.grid import in_memory_order, largest_co
 
 __all__ = ["mask_", "requantize_"]
 
-_BLOCK = 2**17  # weights of a block: half a megabyte as float32
+_BLOCK = 2**19  # weights of a block, two megabytes as float32: smaller ones cost more in calls than they save in memory
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -26,61 +26,76 @@ def mask_(tensor: Tensor, keep: Tensor) -> None:
         tensor: Floating point, of one dimension or more.
         keep: Boolean, of the same shape.
     """
-    bits = tensor.view(_INTEGERS[tensor.element_size()])
     size = _rows_of_a_block(tensor)
-    for part, kept in zip(bits.split(size), keep.split(size), strict=True):
-        part.bitwise_and_(kept.view(torch.int8).neg())  # -1 has all bits set
+    for part, kept in zip(tensor.split(size), keep.split(size), strict=True):
+        _masked(part, kept, out=part)
 
 
-def requantize_(weight: Tensor, latent: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
-    """Keep what an optimizer made of a weight as its latent, refit the scales to it, and put it onto its grid.
+def requantize_(
+    weight: Tensor, latent: Tensor, bits: Tensor, scale: Tensor, *, keep: Tensor | None = None, refit: bool = True
+) -> Tensor:
+    """Keep what an optimizer made of a weight as its latent, masked, and put the weight onto its grid.
 
     Args:
         weight: Shape [channels, ...], as the optimizer left it; becomes code * scale.
-        latent: Of the same shape and dtype; becomes the weight.
+        latent: Of the same shape and dtype; becomes the weight, zero where it is not kept.
         bits: Width of each channel, shape [channels], 2..8.
         scale: Step of each channel so far, float32 of shape [channels].
+        keep: Boolean, of the weight's shape and order of memory; None: all.
+        refit: Whether scales are fitted to the latent first.
 
     Returns:
-        The scales of the grid, as `refit_scales` gives them.
+        The scales of the grid, as `refit_scales` gives them; those that came without `refit`.
     """
-    latent.copy_(weight)
-    ordered = in_memory_order(weight, weight.stride())
-    values = ordered.reshape(len(weight), -1)
-    latents = in_memory_order(latent, weight.stride()).reshape(len(weight), -1).float()
-    if values.dtype != torch.float32:
-        values = torch.empty_like(latents)
+    values, latents = _rows(weight, weight), _rows(latent, weight)
+    kept = None if keep is None else _rows(keep, weight)
     limit = largest_code(bits).unsqueeze(1)
-    products, squares = torch.empty_like(scale), torch.empty_like(scale)
-    size = _rows_of_a_block(latents)
-    blocks = [slice(first, first + size) for first in range(0, len(latents), size)]
-    buffer = torch.empty_like(latents[:size])
-    inverse = _inverse(scale)
-    for block in blocks:
-        codes = _codes(latents[block], inverse[block], limit[block], out=values[block])
-        product = buffer[: len(codes)]
-        torch.sum(torch.mul(latents[block], codes, out=product), 1, out=products[block])
-        torch.sum(torch.square(codes, out=product), 1, out=squares[block])
-    scale = least_squares(products, squares, scale)
-    inverse, step = _inverse(scale), scale.unsqueeze(1)
-    for block in blocks:
-        codes = _codes(latents[block], inverse[block], limit[block], out=values[block])
-        codes.add_(0.0).mul_(step[block])  # -0 becomes 0, as integers have it
-    if values.data_ptr() != weight.data_ptr():  # of another type, or in gaps of memory
-        ordered.copy_(values.view(ordered.shape))
-    return scale
+    fitted = scale.clone()
+    size = _rows_of_a_block(values)
+    buffer = torch.empty_like(values[:size], dtype=torch.float32) if refit else values[:0]
+    for first in range(0, len(values), size):
+        block = slice(first, first + size)
+        if kept is None:
+            latents[block].copy_(values[block])
+        else:
+            _masked(values[block], kept[block], out=latents[block])
+        exact = latents[block].float()  # itself where it is float32
+        codes = values[block] if values.dtype == torch.float32 else torch.empty_like(exact)
+        if refit:
+            _codes(exact, scale[block], limit[block], out=codes)
+            products = torch.mul(exact, codes, out=buffer[: len(codes)]).sum(1)
+            squares = torch.square(codes, out=buffer[: len(codes)]).sum(1)
+            fitted[block] = least_squares(products, squares, scale[block])
+        _codes(exact, fitted[block], limit[block], out=codes)
+        codes.add_(0.0).mul_(fitted[block].unsqueeze(1))  # -0 becomes 0, as integers have it
+        if codes.dtype != values.dtype:
+            values[block].copy_(codes)
+    for rows, tensor in ((values, weight), (latents, latent)):
+        if rows.data_ptr() != tensor.data_ptr():  # a channel's weights do not lie side by side
+            ordered = in_memory_order(tensor, weight.stride())
+            ordered.copy_(rows.view(ordered.shape))
+    return fitted
 
 
-def _codes(rows: Tensor, inverse: Tensor, limit: Tensor, *, out: Tensor) -> Tensor:
-    """Codes as floats. Two bounds one after the other take a tenth of the time of `clamp` with tensors."""
+def _rows(tensor: Tensor, like: Tensor) -> Tensor:
+    """A row for each channel, in the order of the other tensor's memory; a copy where that has no rows."""
+    return in_memory_order(tensor, like.stride()).reshape(len(tensor), -1)
+
+
+def _masked(tensor: Tensor, keep: Tensor, *, out: Tensor) -> None:
+    integers = _INTEGERS[tensor.element_size()]
+    torch.bitwise_and(tensor.view(integers), keep.view(torch.int8).neg(), out=out.view(integers))  # -1: all bits set
+
+
+def _codes(rows: Tensor, scale: Tensor, limit: Tensor, *, out: Tensor) -> Tensor:
+    """Codes as floats; a channel of scale 0 is all zero.
+
+    Two bounds one after the other take a tenth of the time of `clamp` with tensors.
+    """
+    inverse = scale.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0).unsqueeze(1)
     torch.mul(rows, inverse, out=out).round_()
     torch.maximum(out, -limit, out=out)
     return torch.minimum(out, limit, out=out)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale as a column; 0 makes a channel of scale 0 all zero."""
-    return scale.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0).unsqueeze(1)
 
 
 def _rows_of_a_block(tensor: Tensor) -> int:

@@ -55,6 +55,24 @@ def test_in_place_and_in_blocks_is_torchao_bit_for_bit(kind, dtype, block, monke
         assert stepped.float().unique().numel() > 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("refit", [False, True])
+def test_masked_in_the_same_run_is_masked_before(dtype, refit, monkeypatch):
+    monkeypatch.setattr(inplace, "_BLOCK", 100)
+    weight, scale = weights("random", 5, 3, 3)
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) > 0.5
+    weight = weight.to(dtype)
+    weight[0, 0, 0, 0], keep[0, 0, 0, 0] = torch.inf, False
+    expected = weight.masked_fill(~keep, 0.0)
+    stepped, latent = weight.clone(), torch.full_like(weight, torch.nan)
+
+    fitted = requantize_(stepped, latent, BITS, scale, keep=keep, refit=refit)
+
+    assert same_bits(latent, expected)
+    assert torch.equal(fitted, refit_scales(expected, BITS, scale) if refit else scale)
+    assert same_bits(stepped, quantize(expected, BITS, fitted))
+
+
 def arranged(how):
     """The same weights in another order of memory, or with gaps in it."""
     weight, scale = weights("random", 6, 3, 4)
