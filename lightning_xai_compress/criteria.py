@@ -218,7 +218,17 @@ def _of_user(criterion: str | Criterion, request: _Request, skipped: tuple[Skipp
     label = criterion_name(function)
     result = function(request.model, request.batches, request.layers)
     if isinstance(result, ScoreMap):
-        return result
+        weights = _weights(request)
+
+        def beside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: each.to(weights[name]) if name in weights else each for name, each in tensors.items()}
+
+        return replace(
+            result,
+            score=beside(result.score),
+            relevance=beside(result.relevance),
+            sensitivity=beside(result.sensitivity),
+        )
     if not isinstance(result, Mapping):
         raise RelevanceError(f"criterion {label} returned a {type(result).__name__}: expected scores by parameter name")
     unknown = sorted(set(result) - set(request.layers))

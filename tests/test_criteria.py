@@ -208,6 +208,32 @@ def test_a_criterion_may_return_a_whole_score_map(model, data):
     assert torch.equal(scores.relevance["head.weight"], model.head.weight.detach())
 
 
+def test_a_score_map_of_a_criterion_is_brought_to_the_weights(model, data, monkeypatch):
+    """Of another device there may be none: what is asked of the tensors is noted."""
+    asked = []
+    to = torch.Tensor.to
+
+    def noted(tensor, *target, **settings):
+        asked.append((tensor.data_ptr(), target))
+        return to(tensor, *target, **settings)
+
+    made = {}
+
+    def mine(model, batches, layers):
+        for part in ("score", "relevance", "sensitivity"):
+            made[part] = {name: torch.ones(dict(model.named_parameters())[name].shape).half() for name in layers}
+        monkeypatch.setattr(torch.Tensor, "to", noted)
+        return ScoreMap(made["score"], made["relevance"], made["sensitivity"], 1)
+
+    scores = score(model, [data], mine)
+
+    for part, tensors in made.items():
+        for name, tensor in tensors.items():
+            targets = [target[0] for place, target in asked if place == tensor.data_ptr()]
+            assert [target.device for target in targets] == [model.head.weight.device], (part, name)
+            assert getattr(scores, part)[name].dtype == model.head.weight.dtype
+
+
 def test_weights_that_a_criterion_leaves_out_are_unknown(model, data):
     scores = score(model, [data], lambda model, batches, layers: {"head.weight": torch.ones(3, 5)})
 

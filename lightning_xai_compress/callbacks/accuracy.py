@@ -36,6 +36,8 @@ class Accuracy:
             )
         self.metric = metric
         self.logged: dict[str, float] = {}
+        self._earlier: Any = None
+        self._fresh = False
 
     @property
     def label(self) -> str:
@@ -94,28 +96,39 @@ class Accuracy:
             )
         return self.logged.get("value"), self.logged.get("epoch", epoch)
 
+    def before_validation(self, session: Session) -> None:
+        """Remember what the trainer holds of the named metric, to know it from what this validation logs."""
+        self._earlier = session.trainer.callback_metrics.get(self.label)
+
     def after_validation(self, session: Session) -> None:
         """Remember the named metric: a resumed fit begins without it."""
         if isinstance(self.metric, str):
             value = session.trainer.callback_metrics.get(self.metric)
-            # each process logs that of its own share, unless with sync_dist=True: all must choose by the same number
-            number = session.processes.number(value if isinstance(value, Tensor | float | int) else None)
+            number = _shared(session, None if value is self._earlier else value)
+            self._fresh = number is not None
             if number is not None:
                 epoch = session.epoch_after_batch()
                 self.logged = {"value": number, "epoch": epoch, "step": session.trainer.global_step}
 
     def of_validation(self, session: Session) -> float | None:
-        """The number of the validation that has just ended."""
-        return self.logged.get("value") if isinstance(self.metric, str) else self.measure(session)
+        """The number of the validation that has just ended; None where it did not log the named metric."""
+        if isinstance(self.metric, str):
+            return self.logged["value"] if self._fresh else None
+        return self.measure(session)
+
+    def of_training(self, session: Session) -> float | None:
+        """The named metric as training logged it, where nothing validates."""
+        return _shared(session, session.trainer.callback_metrics.get(self.label))
 
     def at_the_end(self, session: Session) -> float | None:
         """The number of the final weights; None, and a warning, where the named one is of earlier weights."""
         if not isinstance(self.metric, str):
             return self.measure(session)
         trainer = session.trainer
-        if not self.logged and self.metric in trainer.callback_metrics:  # no validation: logged in training
-            return float(trainer.callback_metrics[self.metric])
         if not self.logged:
+            trained = self.of_training(session)
+            if trained is not None:
+                return trained
             rank_zero_warn(
                 f"metric={self.metric!r} was never logged, so accuracies are unknown; logged were "
                 f"{sorted(name for name in trainer.callback_metrics if not name.startswith('compressed_'))}"
@@ -133,3 +146,8 @@ class Accuracy:
     def load(self, logged: dict[str, Any]) -> None:
         """Take up or begin."""
         self.logged = dict(logged)
+
+
+def _shared(session: Session, value: Any) -> float | None:
+    """Each process logs the metric of its own share, unless with sync_dist=True: all must choose by the same number."""
+    return session.processes.number(value if isinstance(value, Tensor | float | int) else None)

@@ -31,10 +31,9 @@ def ordered(callbacks: list[Callback], ours: type[Callback]) -> list[Callback]:
         ValueError: Two callbacks that swap averages in.
     """
     averaging = [each for each in callbacks if _is(each, _SWAPPING) or _is(each, _TRANSFERRING)]
-    if sum(_is(each, _SWAPPING) for each in averaging) > 1:
-        raise ValueError(
-            f"{' and '.join(type(each).__name__ for each in averaging)} would average each other's weights: keep one"
-        )
+    swapping = [type(each).__name__ for each in averaging if _is(each, _SWAPPING)]
+    if len(swapping) > 1:
+        raise ValueError(f"{' and '.join(swapping)} would average each other's weights: keep one")
     places = [index for index, each in enumerate(callbacks) if isinstance(each, ours)]
     before = [each for each in averaging if callbacks.index(each) > places[0]]
     after = [each for each in callbacks[: places[-1]] if _is(each, "EarlyStopping")]
@@ -66,7 +65,7 @@ class Averaging:
         found = [each for each in callbacks if _is(each, _SWAPPING)]
         self._average: Any = found[0]._average_model if found else None  # type: ignore[attr-defined]
         self._latent = latent
-        self._tensors = _tensors(module)
+        self._module = module
         self._names = [*latent.parameters, *norms]
         self._norms = list(norms)
         self._raw: dict[str, Tensor] = {}
@@ -90,17 +89,18 @@ class Averaging:
         Args:
             refresh: Estimates BatchNorm anew.
         """
-        if not self.present or not self._latent.changed:
-            return
-        self._raw = {name: self._tensors[name].detach().clone() for name in self._names}
+        tensors = _tensors(self._module)
+        self._raw = {name: tensors[name].detach().clone() for name in self._names}
         self._shown = {}
         for name, parameter in self._latent.parameters.items():
             values, scale = self._latent.projected(name, parameter)
             parameter.copy_(values)
             if scale is not None:
                 self._shown[name] = scale
-        refresh()
-        self._shown_buffers = {name: self._tensors[name].detach().clone() for name in self._norms}
+        if self._latent.changed:
+            refresh()
+        tensors = _tensors(self._module)
+        self._shown_buffers = {name: tensors[name].detach().clone() for name in self._norms}
         self._shown_at = self._trainer.global_step
 
     @contextmanager
@@ -128,8 +128,24 @@ class Averaging:
             state["latents"] = {name: self._raw[name] for name in state["latents"]}
         return state
 
+    def transfer(self) -> None:
+        """The end of training, for averages that have not seen it since the fit was over when it was resumed."""
+        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
+        for each in callbacks:
+            # one with an epoch for BatchNorm has written its average at the start of that epoch
+            if _is(each, _SWAPPING) or (_is(each, _TRANSFERRING) and not each._model_contains_batch_norm):  # type: ignore[attr-defined]
+                each.on_train_end(self._trainer, self._module)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def seal(self) -> None:
+        """The average is what the module holds at the end: later checkpoints are made of it."""
+        if self.present:
+            average = _tensors(self._average.module)
+            for name, tensor in _tensors(self._module).items():
+                average[name].copy_(tensor)
+
     def close(self) -> None:
-        """Leave the averaging callback alone; may be called twice."""
+        """Another fit begins: checkpoints of the averaging callback are its own again; may be called twice."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -159,7 +175,7 @@ class Averaging:
     def _swap(self) -> None:
         average = _tensors(self._average.module)
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
+            for name, tensor in _tensors(self._module).items():
                 kept = average[name].clone()
                 average[name].copy_(tensor)
                 tensor.copy_(kept)
@@ -168,8 +184,12 @@ class Averaging:
         """What a checkpoint holds of the average: masks, grids, and the BatchNorm statistics that were validated."""
         if not self._latent.changed:
             return
-        for name in self._latent.parameters:
-            state[f"{prefix}module.{name}"] = self._latent.projected(name, state[f"{prefix}module.{name}"])[0]
+        names = {id(parameter): name for name, parameter in self._average.module.named_parameters()}
+        for alias, parameter in self._average.module.named_parameters(remove_duplicate=False):  # tied weights have two
+            name = names[id(parameter)]
+            if name in self._latent.parameters:
+                key = f"{prefix}module.{alias}"
+                state[key] = self._latent.projected(name, state[key])[0]
         if self._shown_at == self._trainer.global_step:
             for name, buffer in self._shown_buffers.items():
                 state[f"{prefix}module.{name}"] = buffer

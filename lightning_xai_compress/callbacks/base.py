@@ -39,8 +39,10 @@ class CompressionCallback(Callback):
         """Refuse, before anything runs, what can be seen to be wrong without data."""
         if stage != "fit":
             return
-        again = self.session is not None and self.session.belongs_to(trainer, pl_module)
-        self._previous = self.session if again else None
+        last = self.session or self._previous  # the latter where a fit failed before it began
+        if last is not None:
+            last.averaging.close()
+        self._previous = last if last is not None and last.belongs_to(trainer, pl_module) else None
         self.session, self._restored = None, {}
         check_strategy(trainer.strategy)
         check_limits(trainer)
@@ -62,7 +64,8 @@ class CompressionCallback(Callback):
         """Make the session: only now are all layers, the training data and the optimizers there."""
         if self._leads(trainer):
             check_whole(pl_module)
-            self._make_session(trainer, pl_module).begin()
+            # a finder of learning rates or batch sizes takes all callbacks out while it tries
+            self._make_session(trainer, pl_module).begin(active=lambda: self in _callbacks(trainer))
 
     def _make_session(self, trainer: Trainer, pl_module: LightningModule) -> Session:
         ours = [each for each in _callbacks(trainer) if isinstance(each, CompressionCallback)]
@@ -99,18 +102,16 @@ class CompressionCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types, keyed by parameter name; empty for all but the leading callback."""
-        return self.session.state_dict() if self.session is not None else self._restored
+        if self.session is None or (self._restored and not self.session.open):
+            return self._restored  # of the checkpoint that trainer.test, say, has loaded since
+        return self.session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the session begins."""
-        self._restored = state_dict
+        """Keep the state until the session begins; after a trial within a fit, its session goes on as it was."""
+        if self.session is None or not self.session.open:
+            self._restored = state_dict
 
     # --- during the fit
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notice which BatchNorm layers train."""
-        if self.session is not None:
-            self.session.batchnorm.on_epoch_start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Do what is due at this batch."""
@@ -141,13 +142,11 @@ class CompressionCallback(Callback):
             with torch.inference_mode(False):
                 self.session.before_validation()  # type: ignore[union-attr]
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Compress an average of weights that another callback has swapped in."""
-        if batch_idx == 0 and dataloader_idx == 0 and self._in_fit(trainer):
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compress an average of weights that a callback in front of ours has just swapped in."""
+        if self._in_fit(trainer):
             with torch.inference_mode(False):
-                self.session.before_validation_batch()  # type: ignore[union-attr]
+                self.session.show_average()  # type: ignore[union-attr]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what was measured, before a checkpoint is saved."""

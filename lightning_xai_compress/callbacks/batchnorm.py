@@ -42,8 +42,8 @@ class RunningStatistics:
         names = {id(buffer): name for name, buffer in self._module.named_buffers()}
         return [names[id(buffer)] for buffer in self._buffers()]
 
-    def on_epoch_start(self) -> None:
-        """Notice which layers train, since validation shows all in evaluation mode."""
+    def find(self) -> None:
+        """Notice which layers train: some may be frozen at the start of an epoch, and validation shows all so."""
         self._norms = tracked_norms(self._module)
 
     @torch.no_grad()

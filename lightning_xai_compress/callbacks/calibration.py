@@ -20,9 +20,9 @@ from lightning_xai_compress.relevance import call_model, evaluation, split_batch
 __all__ = [
     "calibration_batches",
     "forward",
+    "set_epoch",
     "tracked_norms",
     "training_batch_size",
-    "training_loaders",
     "update_batchnorm",
     "validation_batches",
 ]
@@ -102,6 +102,13 @@ def calibration_batches(trainer: Trainer, *, samples: int, seed: int, shard: tup
                 batch = structure.iterables
             batch = transfer(trainer, batch)
         yield batch
+
+
+def set_epoch(trainer: Trainer, epoch: int) -> None:
+    """Tell samplers the epoch, as Lightning does at its start."""
+    for loader in CombinedLoader(trainer.train_dataloader).flattened:
+        if callable(tell := getattr(getattr(loader, "sampler", None), "set_epoch", None)):
+            tell(epoch)
 
 
 def transfer(trainer: Trainer, batch: Any, dataloader_idx: int = 0) -> Any:

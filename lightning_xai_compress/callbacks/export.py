@@ -172,6 +172,10 @@ class CompressedExport(CompressionCallback, Stage):
         """`compressed_` and the name of the metric."""
         return f"compressed_{self.accuracy.label}" if self.accuracy.label else ""
 
+    def before_validation(self, session: Session) -> None:
+        """What is logged so far is of earlier weights."""
+        self.accuracy.before_validation(session)
+
     def after_validation(self, session: Session) -> None:
         """Remember the named metric, publish that of the compressed model, and keep the best weights."""
         self.accuracy.after_validation(session)
@@ -184,8 +188,8 @@ class CompressedExport(CompressionCallback, Stage):
     def after_epoch(self, session: Session) -> None:
         """Without validation, a named metric is that of training."""
         if not self.accuracy.measures and not sum(session.trainer.num_val_batches):
-            value = session.trainer.callback_metrics.get(self.accuracy.label) if session.complete else None
-            self._publish(session, None if value is None else float(value))
+            value = self.accuracy.of_training(session)
+            self._publish(session, value if session.complete else None)
 
     def _publish(self, session: Session, value: float | None) -> None:
         """To callbacks that choose by it; to loggers only what was measured."""

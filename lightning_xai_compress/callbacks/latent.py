@@ -11,7 +11,7 @@ found inf) or taken behind the callback's back is noticed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,11 +49,17 @@ class LatentCopy:
         self._evaluations = 0
         self._name = {id(parameter): name for name, parameter in self.parameters.items()}
         self._hooks: list[RemovableHandle] = []
+        self._active: Callable[[], bool] = lambda: True
 
     # --- around an optimizer step
 
-    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+    def attach(self, optimizers: Iterable[Optimizer], *, active: Callable[[], bool] = lambda: True) -> None:
         """Watch the steps of all optimizers: of these, of those that come later, and of those that nobody knows.
+
+        Args:
+            optimizers: Those of the fit.
+            active: Steps taken while this is False are let through unseen: trials, after which the weights are put
+                back to what they were.
 
         Raises:
             LatentCopyError: LBFGS, which evaluates several points a step, or no `torch.optim.Optimizer`.
@@ -66,14 +72,16 @@ class LatentCopy:
                     f"{type(optimizer).__name__} is no torch.optim.Optimizer, so its steps cannot be watched: derive "
                     "it from that class"
                 )
+        self._active = active
         self._hooks += [
             register_optimizer_step_pre_hook(self._step_begins),
             register_optimizer_step_post_hook(self._after_step),
         ]
 
     def detach(self) -> None:
-        """Leave the parameters compressed and stop watching; may be called twice."""
+        """Leave the parameters compressed, with all tensors beside them, and stop watching; may be called twice."""
         self.settle()
+        self._follow()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -105,13 +113,15 @@ class LatentCopy:
             self._live.add(name)
 
     def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._of(optimizer):
+        if self._active() and self._of(optimizer):
             if not self._steps:
                 self._evaluations = 0
             self._steps.append(optimizer)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._active():
+            return
         if optimizer in self._steps:
             del self._steps[self._steps.index(optimizer) :]
         if self._steps:  # one within another, which may go on to change the weights
@@ -135,6 +145,13 @@ class LatentCopy:
             self._compress(name)
         self._live.clear()
         self._steps.clear()
+
+    def _follow(self) -> None:
+        """Bring all tensors to where the parameters are now: Lightning moves a module from the GPU after a fit."""
+        for tensors in (self.bits, self.scales, self._latents):
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.to(self.parameters[name].device)
+        self.keep.follow()
 
     def _take_up(self, name: str, *, refit: bool) -> None:
         """What the parameter holds, masked, is the new latent; the parameter goes back to its grid."""
@@ -188,6 +205,7 @@ class LatentCopy:
             Whether there was anything.
         """
         self.settle()
+        self._follow()
         found = False
         for name, parameter, kept in self._kept():
             if not torch.equal(parameter, kept):
@@ -228,13 +246,15 @@ class LatentCopy:
     @torch.no_grad()
     def projected(self, name: str, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """What `adopt` would make of values for a parameter, and the scales of their grid; None without a grid."""
-        values = values.detach().to(self.parameters[name].device)
+        device = self.parameters[name].device
+        values = values.detach().to(device)
         if name in self.keep:
             values = values.masked_fill(~self.keep[name], 0.0)
         if name not in self.bits:
             return values.clone(), None
-        scales = refit_scales(values, self.bits[name], self.scales[name])
-        return quantize(values, self.bits[name], scales), scales
+        bits = self.bits[name].to(device)
+        scales = refit_scales(values, bits, self.scales[name].to(device))
+        return quantize(values, bits, scales), scales
 
     # --- what came of it
 

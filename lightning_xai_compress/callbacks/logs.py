@@ -46,7 +46,8 @@ class Logs:
 
     def __init__(self) -> None:
         self._decided = False
-        self._scored = False
+        self._shares: dict[str, float] = {}
+        self._relevance: dict[str, Tensor] = {}
         self._dense: int | None = None
         self._written: dict[str, float] = {}
         self._failed: set[int] = set()
@@ -55,19 +56,21 @@ class Logs:
         """Masks or bit widths may have changed."""
         self._decided = True
 
-    def scored(self) -> None:
-        """There are new scores."""
-        self._scored = True
+    def scored(self, session: Logged) -> None:
+        """There are new scores: keep what is logged of them, since they may be gone when that is due."""
+        if session.scores is None or not _is_logged(session.trainer):
+            return
+        self._shares = session.relevance_shares
+        self._relevance = {name: _sample(tensor) for name, tensor in session.scores.relevance.items()}
 
     def write(self, session: Logged) -> None:
         """Log what has changed since the last call, if anything has."""
         trainer = session.trainer
-        if not (self._decided or self._scored) or trainer.fit_loop._should_accumulate():
+        if not (self._decided or self._shares) or trainer.fit_loop._should_accumulate():
             return
-        scored, self._decided, self._scored = self._scored, False, False
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
-            return
-        if not trainer.loggers:
+        shares, relevance = self._shares, self._relevance
+        self._decided, self._shares, self._relevance = False, {}, {}
+        if not _is_logged(trainer):
             return
         plan = session.latent.plan()
         if self._dense is None:
@@ -80,11 +83,8 @@ class Logs:
             self._written = dict(scalars)
             widths = plan.allocation.bits if plan.allocation is not None else {}
             histograms |= {f"{_PREFIX}/bits/{name}": bits for name, bits in widths.items()}
-        if scored and session.scores is not None:
-            shares = session.relevance_shares
-            scalars |= {f"{_PREFIX}/relevance_share/{name}": share for name, share in shares.items()}
-            relevance = session.scores.relevance
-            histograms |= {f"{_PREFIX}/relevance/{name}": tensor for name, tensor in relevance.items()}
+        scalars |= {f"{_PREFIX}/relevance_share/{name}": share for name, share in shares.items()}
+        histograms |= {f"{_PREFIX}/relevance/{name}": tensor for name, tensor in relevance.items()}
         if not scalars:
             return
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -129,6 +129,10 @@ def figures(plan: CompressionPlan, dense: int) -> dict[str, float]:
     weights = sum(keep.numel() for keep in plan.mask.keep.values())
     result[f"{_PREFIX}/estimated_bytes"] = float(estimated_bytes(dense, weights, plan.mask.sparsity, bits))
     return result
+
+
+def _is_logged(trainer: Trainer) -> bool:
+    return trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and bool(trainer.loggers)
 
 
 def _by_layer(figure: str, values: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -30,6 +30,12 @@ def check_monitors(trainer: Trainer, key: str) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for kind, each in ((_kind(each), each) for each in callbacks):
         monitored = getattr(each, "monitor", None)
+        if kind and monitored == key and getattr(each, "divergence_threshold", None) is not None:
+            raise ValueError(
+                f"{kind}(monitor={key!r}, divergence_threshold=...) would end the fit at once: until compression is "
+                "done the metric is worse than any threshold. Leave it out, or let another EarlyStopping "
+                f"watch {key.removeprefix('compressed_')!r} for it"
+            )
         if not kind or not isinstance(monitored, str) or monitored == key:
             continue
         if monitored.startswith("compressed_"):

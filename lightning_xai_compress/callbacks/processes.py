@@ -85,13 +85,21 @@ class Processes:
 
     @torch.no_grad()
     def share_buffers(self, module: nn.Module) -> None:
-        """Buffers of global rank zero, as DDP itself takes them."""
+        """BatchNorm's running statistics of global rank zero, for all: what a model in evaluation mode shows.
+
+        Other buffers stay each process's own: a queue of samples or a counter is nobody else's, and whether they are
+        shared is for `DDPStrategy(broadcast_buffers=...)` to say.
+        """
         if self.world == 1:
             return
-        for buffer in module.buffers():  # not by the strategy, which hands tensors on through pickle
-            received = buffer.contiguous().clone()
-            torch.distributed.broadcast(received, 0)
-            buffer.copy_(received)
+        for norm in module.modules():
+            if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                continue
+            for buffer in (norm.running_mean, norm.running_var, norm.num_batches_tracked):
+                if buffer is not None:
+                    received = buffer.contiguous().clone()
+                    torch.distributed.broadcast(received, 0)  # not by the strategy, which goes through pickle
+                    buffer.copy_(received)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_xai_compress.callbacks.averaging import Averaging
 from lightning_xai_compress.callbacks.batchnorm import RunningStatistics
-from lightning_xai_compress.callbacks.calibration import forward, training_loaders
+from lightning_xai_compress.callbacks.calibration import forward, set_epoch
 from lightning_xai_compress.callbacks.clock import clock_of, epochs_done, position_of
 from lightning_xai_compress.callbacks.latent import LatentCopy
 from lightning_xai_compress.callbacks.logs import Logs
@@ -72,8 +72,11 @@ class Session:
         self.averaging = Averaging(trainer, module, self.latent, self.batchnorm.names())
         self._load(restored)
 
-    def begin(self) -> None:
+    def begin(self, *, active: Callable[[], bool] = lambda: True) -> None:
         """Check everything once, then watch the optimizers.
+
+        Args:
+            active: Whether a step is one of this fit, and none of a trial within it.
 
         Raises:
             ValueError, CompressionError: What is wrong, before the first batch.
@@ -86,13 +89,15 @@ class Session:
             self._name_unknown(scores)
             for stage in self.stages:
                 stage.check_scores(scores)
-        self.latent.attach(self.trainer.optimizers)
+        self.latent.attach(self.trainer.optimizers, active=active)
         if self.trainer.is_global_zero:
             print(f"\n{schedule_table(self.module, self.clock, self.stages, self.latent.parameters)}\n")
 
     def advance(self, batch_idx: int) -> None:
         """Let every stage do what is due at this batch of the epoch."""
         self.epoch_begins = batch_idx == 0
+        if self.epoch_begins:
+            self.batchnorm.find()
         self.batchnorm.before_batch()
         if self.epoch_begins:
             self.latent.adopt()
@@ -104,9 +109,7 @@ class Session:
 
     def finish(self) -> None:
         """BatchNorm, then the stages' last words."""
-        for loader in training_loaders(self.trainer):  # as it is, unless a resumed fit had no batch left
-            if callable(set_epoch := getattr(loader.sampler, "set_epoch", None)):
-                set_epoch(max(self.trainer.current_epoch - 1, 0))
+        set_epoch(self.trainer, max(self.trainer.current_epoch - 1, 0))  # as it is, unless no batch was left to train
         foreign = self.latent.adopt()
         if self.latent.changed:
             self.batchnorm.refresh(again=foreign or self.averaging.present)
@@ -118,6 +121,7 @@ class Session:
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
         for stage in self.stages:
             stage.begin(self)
+        self.averaging.transfer()
         self.finish()
 
     def belongs_to(self, trainer: Trainer, module: LightningModule) -> bool:
@@ -126,7 +130,9 @@ class Session:
 
     def seal(self) -> None:
         """Nothing may change the exported weights any more."""
-        if self.latent.restore():
+        foreign = self.latent.restore()
+        self.averaging.seal()
+        if foreign:
             rank_zero_warn(
                 "Another callback changed weights after the export (in on_train_end, say): pruned weights are zero "
                 "and quantized ones on their grid again, as in the files. List that callback before this one"
@@ -137,7 +143,6 @@ class Session:
         if self.open:
             self.open = False
             self.latent.detach()
-            self.averaging.close()
             for stage in self.stages:
                 stage.close()
 
@@ -188,7 +193,7 @@ class Session:
             return None
         self.scores = scores
         self._shares = {name: value / sum(sums.values()) for name, value in sums.items()}
-        self.logs.scored()
+        self.logs.scored(self)
         return scores
 
     @torch.no_grad()
@@ -257,10 +262,12 @@ class Session:
 
     def before_validation(self) -> None:
         """Make BatchNorm statistics those of the compressed weights."""
+        for stage in self.stages:
+            stage.before_validation(self)
         if not self.averaging.present and self.latent.changed:
             self.batchnorm.refresh()
 
-    def before_validation_batch(self) -> None:
+    def show_average(self) -> None:
         """An average is in the module now: what validates is the average masked and on the grid."""
         if self.averaging.present:
             self.averaging.show(lambda: self.batchnorm.refresh(again=True, borrowed=True))

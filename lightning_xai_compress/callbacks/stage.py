@@ -126,6 +126,9 @@ class Stage(ABC):
         """Under which the metric of the compressed model is found in `trainer.callback_metrics`; "" for none."""
         return ""
 
+    def before_validation(self, session: Session) -> None:  # noqa: B027
+        """A validation of this fit begins."""
+
     def after_validation(self, session: Session) -> None:  # noqa: B027
         """A validation of this fit is over; its metrics are in `trainer.callback_metrics`."""
 

@@ -15,12 +15,14 @@ class PackedMasks(MutableMapping[str, Tensor]):
 
     Args:
         parameters: By name. A mask has the shape, the device and the order in memory of its parameter, so that both
-            are read in one run through memory.
+            are read in one run through memory; also where the parameter has since been moved or put into another order
+            (`module.to(memory_format=torch.channels_last)`).
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
         self._packed: dict[str, Tensor] = {}
+        self._strides: dict[str, tuple[int, ...]] = {}  # of the order in which the bits were packed
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
         parameter = self._parameters[name]
@@ -30,17 +32,32 @@ class PackedMasks(MutableMapping[str, Tensor]):
         for place in range(1, 8):
             parts[0] |= parts[place] << place
         self._packed[name] = parts[0].clone()
+        self._strides[name] = values.stride()
 
     def __getitem__(self, name: str) -> Tensor:
-        packed, parameter = self._packed[name].to(self._parameters[name].device), self._parameters[name]
+        parameter = self._parameters[name]
+        if self._packed[name].device != parameter.device:
+            self._packed[name] = self._packed[name].to(parameter.device)
+        mask = self._unpacked(name)
+        if mask.stride() == torch.empty_like(parameter, device="meta").stride():
+            return mask
+        self[name] = mask
+        return self._unpacked(name)
+
+    def _unpacked(self, name: str) -> Tensor:
+        packed = self._packed[name]
         parts = torch.empty(8, len(packed), dtype=torch.uint8, device=packed.device)
         for place, part in enumerate(parts):
             torch.bitwise_right_shift(packed, place, out=part).bitwise_and_(1)
-        stride = torch.empty_like(parameter, device="meta").stride()
-        return parts.view(torch.bool).view(-1).as_strided(parameter.shape, stride)
+        return parts.view(torch.bool).view(-1).as_strided(self._parameters[name].shape, self._strides[name])
+
+    def follow(self) -> None:
+        """Bring all masks to where their parameters are now."""
+        for name, packed in self._packed.items():
+            self._packed[name] = packed.to(self._parameters[name].device)
 
     def __delitem__(self, name: str) -> None:
-        del self._packed[name]
+        del self._packed[name], self._strides[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._packed)

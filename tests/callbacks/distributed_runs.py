@@ -147,6 +147,8 @@ def ddp(folder, device):
 
     run(folder, "plain", compression(f"{folder}/plain", metric="val_acc"), **device)
     run(folder, "accumulated", compression(f"{folder}/accumulated"), accumulate_grad_batches=2, **device)
+    average = L.pytorch.callbacks.EMAWeightAveraging(decay=0.8)
+    run(folder, "averaged", compression(f"{folder}/averaged", metric="val_acc"), callbacks=[average], **device)
     run(
         folder,
         "unused",

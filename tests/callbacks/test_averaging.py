@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
-from lightning_xai_compress import load_compressed
+from lightning_xai_compress import CompressedExport, load_compressed
 from lightning_xai_compress.callbacks.checkpoint import plan_of
 
-from toy import ToyNet, compression, fit
+from toy import Corners, ToyNet, compression, fit, trainer
 
 
 class PlainNet(ToyNet):
@@ -186,3 +186,81 @@ def test_weights_written_by_a_callback_after_the_export_are_compressed_again(tmp
 
     reloaded = load_compressed(tmp_path / "model.safetensors", ToyNet())
     assert all(torch.equal(reloaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["after the fit", "after an error"])
+def test_a_checkpoint_saved_later_holds_quantized_weights(tmp_path, how):
+    class Failing(ToyNet):
+        def training_step(self, batch, batch_idx):
+            if how == "after an error" and self.global_step == 27:
+                raise RuntimeError("stop")
+            return super().training_step(batch, batch_idx)
+
+    callback = compression(tmp_path)
+    model, run = Failing(), trainer(tmp_path, [callback, EMAWeightAveraging(decay=0.8)])
+    if how == "after the fit":
+        run.fit(model, datamodule=Corners())
+    else:
+        with pytest.raises(RuntimeError, match="stop"):
+            run.fit(model, datamodule=Corners())
+    run.save_checkpoint(tmp_path / "later.ckpt")
+
+    plain = ToyNet.load_from_checkpoint(tmp_path / "later.ckpt")
+    holds(plain, callback.session.latent.plan())
+    if how == "after the fit":
+        assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class TiedNet(ToyNet):
+    """Two names for one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Conv2d(8, 8, 3, padding=1)
+        self.again.weight = self.second.weight
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        x = torch.relu(self.again(torch.relu(self.second(x))))
+        return self.head(nn.functional.avg_pool2d(x, 3).flatten(1))
+
+
+def test_a_checkpoint_of_an_average_of_tied_weights_holds_quantized_weights(tmp_path):
+    saver = ModelCheckpoint(dirpath=tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
+    callback = compression(tmp_path)
+    fit(tmp_path, [callback, EMAWeightAveraging(decay=0.8), saver], TiedNet, enable_checkpointing=True)
+
+    plain = TiedNet.load_from_checkpoint(tmp_path / "ckpt" / "epoch=6.ckpt")
+    assert "second.weight" in callback.session.latent.parameters
+    holds(plain, callback.session.latent.plan())
+
+
+@pytest.mark.parametrize("kind", ["ema", "mean", "swa"])
+def test_a_fit_that_was_already_over_exports_the_average(tmp_path, kind):
+    make_model, make = AVERAGING[kind]
+    saver = ModelCheckpoint(dirpath=tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
+    whole = tmp_path / "whole"
+    model, _ = fit(whole, [compression(whole), make(), saver], make_model, enable_checkpointing=True)
+
+    again = tmp_path / "again"
+    path = str(tmp_path / "ckpt" / "epoch=7.ckpt")
+    resumed, _ = fit(again, [compression(again), make()], make_model, ckpt_path=path)
+
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert all(torch.equal(resumed.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_average_is_what_a_metric_measures_even_if_nothing_is_compressed(tmp_path):
+    """The export alone keeps the best average."""
+    shown = {}
+
+    class Record(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *args, **kwargs):
+            shown[trainer.current_epoch] = {name: each.clone() for name, each in pl_module.state_dict().items()}
+
+    callback = CompressedExport(export_dir=str(tmp_path), metric="val_acc", export="best", mode="max")
+    fit(tmp_path, [EMAWeightAveraging(decay=0.8), callback, Record()], max_epochs=3)
+
+    reloaded = load_compressed(tmp_path / "model.safetensors", ToyNet())
+    for name, tensor in shown[int(callback.report.exported_epoch) - 1].items():
+        assert torch.equal(reloaded.state_dict()[name], tensor), name

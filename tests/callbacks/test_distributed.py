@@ -66,7 +66,8 @@ def ddp(request, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["plain", "accumulated", "unused", "uneven", "accuracy", "sick", "failing", "whole", "resumed_4"]
+    "name",
+    ["plain", "accumulated", "averaged", "unused", "uneven", "accuracy", "sick", "failing", "whole", "resumed_4"],
 )
 def test_both_ranks_of_ddp_end_with_the_same_weights_masks_and_bits(ddp, name):
     first, second = ranks(ddp[0], name)
@@ -157,7 +158,7 @@ def test_there_is_one_set_of_files_one_table_and_one_report_on_all_ranks(ddp):
     first, second = ranks(folder, "plain")
 
     fits = len(list(folder.glob("*/report.json")))
-    assert fits == 10
+    assert fits == 11
     assert result.stdout.count("report: ") == fits
     assert result.stdout.count("estimated size") == fits + len(list(folder.glob("score_*.0.pt")))
     assert first["report"] == second["report"]

@@ -17,11 +17,17 @@ if ACCELERATOR == "gpu" and not torch.cuda.is_available():
 from test_activations_in_fit import *  # noqa: E402, F403
 from test_attention_in_fit import *  # noqa: E402, F403
 from test_averaging import *  # noqa: E402, F403
+from test_compiled import *  # noqa: E402, F403
 from test_fit import *  # noqa: E402, F403
+from test_loaders import *  # noqa: E402, F403
+from test_logs import *  # noqa: E402, F403
 from test_monitor import *  # noqa: E402, F403
+from test_optimizers import *  # noqa: E402, F403
 from test_resume import *  # noqa: E402, F403
 from test_safety import *  # noqa: E402, F403
+from test_scenarios import *  # noqa: E402, F403
 from test_training import *  # noqa: E402, F403
+from test_unusual_steps import *  # noqa: E402, F403
 
 
 @pytest.fixture(scope="module", autouse=True)

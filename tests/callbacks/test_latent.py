@@ -1,14 +1,42 @@
 """The latent copy: its two states, and the ways in which an optimizer step may go wrong."""
 
+import copy
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
+from torch.optim import optimizer as optimizers
+from torch.utils.data import DataLoader
 
 from lightning_xai_compress import BitAllocation, LatentCopyError, Mask
 from lightning_xai_compress.callbacks.latent import LatentCopy
 from lightning_xai_compress.quantization import fit_scales, quantize, refit_scales
 
+from toy import Corners, compression, fit
+
 BITS = torch.tensor([2, 3, 4], dtype=torch.uint8)
+
+
+def watching():
+    """Hooks that every optimizer of this process calls."""
+    return {*optimizers._global_optimizer_pre_hooks, *optimizers._global_optimizer_post_hooks}
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_hooks(monkeypatch):
+    """What a test attaches is detached after it: the hooks would see the steps of all tests that follow."""
+    attached, attach, before = [], LatentCopy.attach, watching()
+
+    def noted(latent, *arguments, **settings):
+        attached.append(latent)
+        attach(latent, *arguments, **settings)
+
+    monkeypatch.setattr(LatentCopy, "attach", noted)
+    yield
+    for latent in attached:
+        latent.detach()
+    assert watching() == before
 
 
 def layer_and_latent(quantized=True):
@@ -129,12 +157,14 @@ def test_lbfgs_is_refused():
 def test_detaching_removes_every_hook():
     layer, latent = layer_and_latent()
     optimizer = torch.optim.SGD(layer.parameters(), 0.05)
+    before = watching()
     latent.attach([optimizer])
+    assert len(watching()) == len(before) + 2
 
     latent.detach()
     latent.detach()
 
-    assert not optimizer._optimizer_step_post_hooks
+    assert watching() == before
 
 
 def test_state_of_another_model_is_refused():
@@ -145,3 +175,123 @@ def test_state_of_another_model_is_refused():
         LatentCopy({"other": nn.Parameter(torch.ones(3, 6))}).load_state_dict(state)
     with pytest.raises(LatentCopyError, match=r"holds weight of shape \(3, 6\), the model \(6, 6\)"):
         LatentCopy({"weight": nn.Parameter(torch.ones(6, 6))}).load_state_dict(state)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_steps_after_a_change_of_the_order_in_memory_equal_those_without(quantized):
+    ended = []
+    for turn in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(4, 3, 3)
+        latent = LatentCopy({"weight": layer.weight})
+        latent.apply_mask(Mask({"weight": torch.rand(3, 4, 3, 3) > 0.4}))
+        if quantized:
+            scales = fit_scales(layer.weight.detach(), 3)[0]
+            latent.apply_bits(BitAllocation({"weight": BITS}, {"weight": 36}), {"weight": scales})
+        gone = ~latent.mask()["weight"]
+        optimizer = torch.optim.SGD(layer.parameters(), 0.02)
+        latent.attach([optimizer])
+        if turn:
+            layer.to(memory_format=torch.channels_last)
+            assert latent.holds()
+        for seed in range(3):
+            x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            layer(x).square().mean().backward()
+            latent.before_step(optimizer)
+            optimizer.step()
+        latent.detach()
+        assert (layer.weight[gone] == 0).all()
+        ended.append(layer.weight.detach().clone())
+    torch.testing.assert_close(*ended, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_while_a_trial_is_on_are_let_through():
+    layer, latent = layer_and_latent()
+    optimizer, on = torch.optim.SGD(layer.parameters(), 0.05), [False]
+    twin = nn.Parameter(layer.weight.detach().clone())
+    latent.attach([optimizer], active=lambda: on[0])
+    layer(torch.ones(1, 6)).sum().backward()
+
+    optimizer.step()
+
+    assert torch.equal(layer.weight, twin - 0.05 * layer.weight.grad)
+    on[0] = True
+    with pytest.raises(LatentCopyError, match="SGD stepped on weight without"):
+        optimizer.step()
+
+
+class InOrder(Corners):
+    """A search makes the loaders anew, and with them samplers that do not know the epoch."""
+
+    def train_dataloader(self):
+        return DataLoader(self.data, batch_size=16)
+
+
+class FineTunes(LearningRateFinder):
+    """As in Lightning's documentation."""
+
+    def __init__(self, milestones):
+        super().__init__(num_training_steps=3, early_stop_threshold=None, update_attr=False)
+        self.milestones, self.kept, self.steps = milestones, {}, []
+
+    def on_fit_start(self, *args, **kwargs):
+        return
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch in self.milestones:
+            before = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+            self.lr_find(trainer, pl_module)
+            self.steps.append(len(self.optimal_lr.results["lr"]))
+            after = pl_module.state_dict()
+            self.kept[trainer.current_epoch] = all(torch.equal(after[name], each) for name, each in before.items())
+
+
+def try_steps(trainer, params):
+    """Lightning 2.6 takes a loop past its first epoch for one that resumes at its end, and tries no step."""
+    loop = trainer.fit_loop
+    loop.load_state_dict(copy.deepcopy(params["loop_state_dict"]))
+    loop.restarting = loop.epoch_loop.restarting = False
+    loop.epoch_loop.batch_progress.reset_on_run()
+    loop.run()
+
+
+def test_a_search_for_a_learning_rate_within_the_fit_changes_nothing_of_the_compression(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.tuner.lr_finder._try_loop_run", try_steps)
+
+    def run(folder, milestones):
+        callback, finder = compression(folder), FineTunes(milestones)
+        model, trainer = fit(folder, [callback, finder], data=InOrder())
+        assert finder.kept == dict.fromkeys(milestones, True)
+        assert finder.steps == [3 for _ in milestones]
+        assert trainer.global_step == 32
+        assert callback._restored == {}
+        return callback, model
+
+    searched, model = run(tmp_path / "searched", (0, 3, 6))  # before pruning, while pruning, quantized
+    undisturbed, plain = run(tmp_path / "plain", ())
+
+    history = searched.report.history
+    assert history == undisturbed.report.history
+    assert next(each["epoch"] for each in history if each["event"] == "quantized") < 6
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["", "asked before"])
+def test_after_detaching_every_tensor_lies_where_its_parameter_does(asked):
+    """The device that holds no data stands for the one to which Lightning moves a module after a fit."""
+    layer, latent = layer_and_latent()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.05)
+    latent.attach([optimizer])
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.empty_like(layer.weight, device="meta")))
+    if asked:
+        values, scales = latent.projected("weight", torch.ones(3, 6))
+        assert values.device == scales.device == layer.weight.device
+
+    latent.detach()
+
+    assert latent.keep._packed["weight"].device == layer.weight.device
+    state = latent.state_dict()
+    for part in ("keep", "bits", "scales", "latents"):
+        assert state[part]["weight"].device == layer.weight.device, part

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_xai_compress import RelevanceScoring
+from lightning_xai_compress import Pruning, RelevanceScoring
+from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.report import estimated_bytes
 
 from toy import ToyNet, compression, fit, watch_scores
@@ -94,6 +95,33 @@ def test_the_steps_are_those_that_self_log_writes_for_the_same_batch(tmp_path):
     at = {round(4 * each["epoch"]) for each in callback.report.history}
     expected = {step for step, batch in batch_of.items() if at & {int(batch) - 1, int(batch)}}
     assert scalars(board, "compression/sparsity").keys() == expected
+
+
+def test_scores_of_a_batch_within_an_accumulation_are_logged_with_its_last_batch(tmp_path, monkeypatch):
+    """They are let go of before that."""
+    scores, batches = watch_scores(monkeypatch), []
+    board = TensorBoardLogger(tmp_path / "board")
+    callback = compression(tmp_path, warmup="5 steps", pruning=Pruning(steps=2))
+    rescore = Session.rescore
+    monkeypatch.setattr(Session, "rescore", lambda session, batch: (batches.append(batch), rescore(session, batch))[1])
+    fit(tmp_path, [callback], Chatty, logger=board, log_every_n_steps=1, accumulate_grad_batches=2)
+
+    read = events(board)
+    steps = sorted({batch // 2 for batch in batches})
+    assert len(steps) == len(scores) >= 3
+    assert any(batch % 2 == 0 for batch in batches)
+    for name in LAYERS:
+        totals = [sum(float(each.abs().sum()) for each in found.relevance.values()) for found in scores]
+        wanted = [float(s.relevance[name].abs().sum()) / total for s, total in zip(scores, totals, strict=True)]
+        shares = scalars(board, f"compression/relevance_share/{name}")
+        assert sorted(shares) == steps
+        assert [shares[step] for step in steps] == pytest.approx(wanted)
+        drawn = read.Histograms(f"compression/relevance/{name}")
+        assert [each.step for each in drawn] == steps
+        for each, found in zip(drawn, scores, strict=True):
+            relevance = found.relevance[name].double()
+            assert each.histogram_value.num == relevance.numel()
+            assert each.histogram_value.sum == pytest.approx(float(relevance.sum()), rel=1e-5, abs=1e-9)
 
 
 def test_the_users_own_columns_survive_in_the_csv(tmp_path):

@@ -197,3 +197,23 @@ def test_a_checkpoint_of_the_dense_phase_is_worse_than_any_of_the_compressed_one
     run = trainer(tmp_path, [compression(tmp_path, metric="val_loss"), best], enable_checkpointing=True)
     run.fit(Odd(), datamodule=Corners())
     assert best.best_model_path.endswith("epoch=4.ckpt")
+
+
+def test_a_threshold_of_divergence_on_the_compressed_metric_is_refused(tmp_path):
+    stop = EarlyStopping("compressed_val_acc", mode="max", divergence_threshold=0.1)
+    with pytest.raises(ValueError, match=r"divergence_threshold=\.\.\.\) would end the fit at once"):
+        fit(tmp_path, [compression(tmp_path, metric="val_acc"), stop])
+
+
+def test_a_metric_that_a_validation_did_not_log_is_not_passed_off_as_of_its_weights(tmp_path):
+    class Sometimes(ToyNet):
+        def validation_step(self, batch, batch_idx):
+            if self.current_epoch < 4:
+                self.log("val_acc", 0.9)
+
+    callback = compression(tmp_path, metric="val_acc", export="best", mode="max")
+    with pytest.warns(UserWarning, match="no validation measured the metric after compression was done"):
+        _, run = fit(tmp_path, [callback], Sometimes())
+
+    assert float(run.callback_metrics["compressed_val_acc"]) < -1e37
+    assert callback.report.compressed.accuracy is None

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, SubsetRando
 
 from lightning_xai_compress import Quantization, score
 from lightning_xai_compress.callbacks.outcome import Outcome
-from lightning_xai_compress.callbacks.processes import check_strategy, unpadded
+from lightning_xai_compress.callbacks.processes import Processes, check_strategy, unpadded
 from lightning_xai_compress.formats import load_compressed
 from lightning_xai_compress.report import Report
 
@@ -95,6 +95,32 @@ def test_weights_that_someone_else_has_sharded_are_refused_before_training(tmp_p
     finally:
         torch.distributed.destroy_process_group()
     assert model.losses == []
+
+
+# --- buffers
+
+
+class Queue(nn.BatchNorm1d):
+    """Keeps a buffer beside the statistics."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.register_buffer("queue", torch.zeros(2))
+
+
+def test_only_batchnorm_statistics_are_taken_from_rank_zero(monkeypatch):
+    model = nn.Sequential(Queue(), nn.InstanceNorm1d(3, track_running_stats=True), nn.BatchNorm1d(3))
+    model.append(nn.BatchNorm1d(3, track_running_stats=False))
+    model.register_buffer("counter", torch.zeros((), dtype=torch.long))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: tensor.fill_(7))
+    two = Processes(SimpleNamespace(global_rank=1, world_size=2, strategy=None))
+
+    two.share_buffers(model)
+
+    shared = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert shared == {f"{i}.{part}" for i in (0, 2) for part in ("running_mean", "running_var", "num_batches_tracked")}
+    assert all((buffer == 7).all() for name, buffer in model.named_buffers() if name in shared)
 
 
 # --- validation data

@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from lightning_xai_compress import MixedPrecision, Pruning, Quantization, RelevancePruning
+from lightning_xai_compress.callbacks.checkpoint import plan_of
+from lightning_xai_compress.quantization import quantize
 
 from toy import Corners, ToyNet, compression, fit
 
@@ -178,3 +181,47 @@ def test_the_same_trainer_with_another_model_starts_afresh(tmp_path):
     assert callback.session.module is other
     assert all(torch.equal(tensor, kept[name]) for name, tensor in first.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in first.modules())
+
+
+def test_a_third_fit_after_one_that_failed_before_it_began_goes_on(tmp_path):
+    class Empty(Corners):
+        def train_dataloader(self):
+            raise RuntimeError("no data today")
+
+    callback = compression(tmp_path)
+    model, run = fit(tmp_path, [callback])
+    keep = callback.session.latent.mask().keep
+    run.fit_loop.max_epochs = 10
+    run.fit_loop._combined_loader = None
+    with pytest.raises(RuntimeError, match="no data today"):
+        run.fit(model, datamodule=Empty())
+
+    run.fit(model, datamodule=Corners())
+
+    assert len(model.losses) > 32
+    for name, kept in callback.session.latent.mask().keep.items():
+        assert torch.equal(kept, keep[name])
+        assert not dict(model.named_parameters())[name][~kept].any()
+
+
+def test_a_checkpoint_saved_after_testing_the_best_one_is_of_one_moment(tmp_path):
+    class Tested(ToyNet):
+        def test_step(self, batch, batch_idx):
+            self.log("test_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    best = ModelCheckpoint(dirpath=tmp_path / "ckpt", filename="{epoch}", monitor="compressed_val_loss", mode="min")
+
+    class Falling(Tested):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float(self.current_epoch))
+
+    callback = compression(tmp_path, metric="val_loss")
+    model, run = fit(tmp_path, [callback, best], Falling(), enable_checkpointing=True)
+    run.test(model, DataLoader(Corners().data, batch_size=32), ckpt_path="best", verbose=False)
+    run.save_checkpoint(tmp_path / "later.ckpt")
+
+    state = torch.load(tmp_path / "later.ckpt", weights_only=True)
+    plan = plan_of(state)
+    for name, bits in plan.allocation.bits.items():
+        weight = state["state_dict"][name]
+        assert torch.equal(weight, quantize(weight, bits, plan.scales[name])), name

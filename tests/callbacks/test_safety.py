@@ -1,11 +1,14 @@
 """Nothing is lost: NaN, interruption, an early end and a failing format leave good weights and say so."""
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.precision import MixedPrecision as PrecisionPlugin
+from torch.optim import optimizer as optimizers
 
 from lightning_xai_compress import RelevanceError
+from lightning_xai_compress.quantization import quantize
 
 from toy import Corners, ToyNet, compression, fit, trainer
 
@@ -89,6 +92,11 @@ def test_relevance_that_is_nan_from_the_start_is_refused(tmp_path):
     assert model.losses == []
 
 
+def watching():
+    """Hooks that every optimizer of this process calls."""
+    return {*optimizers._global_optimizer_pre_hooks, *optimizers._global_optimizer_post_hooks}
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_fit_leaves_compressed_weights_and_no_hooks(tmp_path, error):
     class Failing(ToyNet):
@@ -98,20 +106,46 @@ def test_an_interrupted_fit_leaves_compressed_weights_and_no_hooks(tmp_path, err
             return super().training_step(batch, batch_idx)
 
     callback = compression(tmp_path)
-    model = Failing()
-    if error is RuntimeError:
-        with pytest.raises(RuntimeError, match="stop"):
-            fit(tmp_path, [callback], model)
-    else:
-        with pytest.raises((SystemExit, KeyboardInterrupt)):
-            fit(tmp_path, [callback], model)
+    model, before = Failing(), watching()
+    with pytest.raises((error, SystemExit)):
+        fit(tmp_path, [callback], model)
 
     plan = callback.session.latent.plan()
     for name, bits in plan.allocation.bits.items():
         for row, width in zip(dict(model.named_parameters())[name].detach().flatten(1), bits.tolist(), strict=True):
             assert len(row.unique()) <= 2**width - 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not callback.session.trainer.optimizers[0]._optimizer_step_post_hooks
+    assert watching() == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_fit_interrupted_while_the_latents_are_open_leaves_compressed_weights(tmp_path, error):
+    opened = []
+
+    class Failing(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 25:
+                opened.extend(name for name, value in expected() if not torch.equal(parameters[name], value))
+                raise error("stop")
+
+    def expected():
+        state = callback.session.latent.state_dict()
+        for name, latent in state["latents"].items():
+            yield name, quantize(latent, state["bits"][name], state["scales"][name])
+
+    callback = compression(tmp_path)
+    torch.manual_seed(0)
+    model, before = ToyNet(), watching()
+    parameters = dict(model.named_parameters())
+    with pytest.raises((error, SystemExit)):
+        fit(tmp_path, [callback, Failing()], model)
+
+    assert sorted(opened) == ["first.weight", "head.weight", "second.weight"]
+    for name, value in expected():
+        assert torch.equal(parameters[name], value), name
+        assert (parameters[name][~callback.session.latent.mask()[name]] == 0).all(), name
+    assert callback.session.latent.mask().sparsity == 0.5
+    assert watching() == before
 
 
 def test_a_fit_that_stops_early_says_what_is_missing_and_still_writes_the_model(tmp_path):

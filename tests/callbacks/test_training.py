@@ -218,15 +218,15 @@ def test_a_custom_batch_sampler_and_collate_are_used(tmp_path, monkeypatch):
     assert callback.report.sparsity == 0.5
 
 
-def test_frozen_batchnorm_keeps_its_statistics(tmp_path):
+@pytest.mark.parametrize("epochs", [1, 8])
+def test_frozen_batchnorm_keeps_its_statistics(tmp_path, epochs):
+    """Frozen as late as the module's own hook for the start of an epoch, which comes after those of callbacks."""
+
     class Frozen(ToyNet):
         def on_train_epoch_start(self):
             self.norm.eval()
 
-        def on_fit_start(self):
-            self.norm.eval()
-
-    model, _ = fit(tmp_path, [compression(tmp_path)], Frozen())
+    model, _ = fit(tmp_path, [compression(tmp_path)], Frozen(), max_epochs=epochs)
 
     assert torch.equal(model.norm.running_mean, torch.zeros(8))
     assert int(model.norm.num_batches_tracked) == 0

@@ -58,3 +58,25 @@ def test_masks_are_given_up_one_by_one():
 
     assert list(masks) == ["b"]
     assert len(masks) == 1
+
+
+def turned(how):
+    if how == "to channels_last":
+        return torch.nn.Conv2d(7, 5, 3), torch.channels_last
+    return torch.nn.Conv2d(7, 5, 3).to(memory_format=torch.channels_last), torch.contiguous_format
+
+
+@pytest.mark.parametrize("how", ["to channels_last", "from channels_last"])
+def test_a_mask_is_the_same_after_its_parameter_got_another_order_in_memory(how):
+    module, order = turned(how)
+    masks = PackedMasks({"weight": module.weight})
+    mask = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.4
+    masks["weight"] = mask
+    before = module.weight.stride()
+
+    module.to(memory_format=order)
+
+    assert module.weight.stride() != before
+    for _ in range(2):
+        assert torch.equal(masks["weight"], mask)
+        assert masks["weight"].stride() == module.weight.stride()
