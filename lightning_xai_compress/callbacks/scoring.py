@@ -56,6 +56,7 @@ class RelevanceScoring(CompressionCallback, Stage):
         self.scoring = scoring or Scoring()
         self._rehearsal = False
         self._done = -1
+        self._fit: Session | None = None  # whichever callback leads it
 
     def stages(self) -> list[Stage]:
         """This one."""
@@ -64,10 +65,11 @@ class RelevanceScoring(CompressionCallback, Stage):
     @property
     def scores(self) -> ScoreMap | None:
         """The latest scores of this fit; None where every stage scores for itself and they were used at once."""
-        return self.session.scores if self.session is not None else None
+        return self._fit.scores if self._fit is not None else None
 
     def begin(self, session: Session) -> None:
         """Hand the settings to the session; a list of epochs must end before the fit does."""
+        self._fit = session
         epochs, length = self.relevance_epochs, session.clock.epoch_of(session.clock.batches)
         self._rehearsal = session.clock.rehearsal
         if isinstance(epochs, tuple) and length is not None and epochs[-1] >= length and not self._rehearsal:
@@ -106,6 +108,10 @@ class RelevanceScoring(CompressionCallback, Stage):
         if isinstance(self.relevance_epochs, int):
             return epoch % self.relevance_epochs == 0
         return self.relevance_epochs is not None and epoch in self.relevance_epochs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the fit that was, as in the base."""
+        return {**super().__getstate__(), "_fit": None}
 
     def state(self) -> dict[str, Any]:
         """The last epoch that was scored."""

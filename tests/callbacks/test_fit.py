@@ -1,6 +1,7 @@
 """The whole way in a fit: masks, grids, files, report."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -240,3 +241,13 @@ def test_the_best_checkpoint_can_be_tested_after_the_fit(tmp_path):
     model, run = fit(tmp_path, [compression(tmp_path), checkpoint], enable_checkpointing=True)
 
     assert run.validate(model, datamodule=Corners(), ckpt_path="best", verbose=False)[0]["val_acc"] > 0.5
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_latest_scores_can_be_read_wherever_the_scoring_stands_in_the_list(tmp_path, order):
+    scoring = RelevanceScoring(relevance_epochs=[2], scoring=Scoring(samples=32))
+    pruning = RelevancePruning(sparsity=0.3, pruning=Pruning(steps=2), start=2, end=3)
+    fit(tmp_path, [scoring, pruning][::order], max_epochs=4)
+
+    assert scoring.scores.samples == 32
+    assert pickle.loads(pickle.dumps(scoring)).scores is None
