@@ -47,6 +47,15 @@ def killed(folder, moment, every, settings):
     run(folder, [Kill(*moment), compressing(folder, settings)], every=every)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Several cost toys time, and sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def processes():
     """New processes without the seconds of imports; forked from a server that never ran torch's threads."""
