@@ -139,6 +139,7 @@ class Averaging:
     @torch.no_grad()
     def seal(self) -> None:
         """The average is what the module holds at the end: later checkpoints are made of it."""
+        self._shown_at = -1
         if self.present:
             average = _tensors(self._average.module)
             for name, tensor in _tensors(self._module).items():
