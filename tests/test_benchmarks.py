@@ -35,15 +35,20 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.slow
-def test_the_cost_of_relevance_is_measured_and_its_flops_keep_their_limits(tmp_path):
+def quick(script, output):
+    """The figures of a short run, and what it printed."""
     result = subprocess.run(
-        [sys.executable, BENCHMARKS / "relevance_cost.py", "--quick", "--output", tmp_path / "cost.json"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
+        [sys.executable, BENCHMARKS / f"{script}.py", "--quick", "--output", output],
+        cwd=output.parent, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return json.loads(output.read_text()), result.stdout
 
-    content = json.loads((tmp_path / "cost.json").read_text())
+
+@pytest.mark.slow
+def test_the_cost_of_relevance_is_measured_and_its_flops_keep_their_limits(tmp_path):
+    content, told = quick("relevance_cost", tmp_path / "cost.json")
+
     checks = content["checks"]
     assert checks.keys() == content["limits"].keys() == COST_CHECKS
     assert all(math.isfinite(each) and each > 0 for each in checks.values())
@@ -57,18 +62,13 @@ def test_the_cost_of_relevance_is_measured_and_its_flops_keep_their_limits(tmp_p
     peaks = content["growth"]["epsilon"]["tensor_bytes"]
     assert peaks[0] == pytest.approx(peaks[-1], rel=0.05)
     assert (tmp_path / "cost.png").stat().st_size > 10_000
-    assert all(name in result.stdout for name in COST_CHECKS)
+    assert all(name in told for name in COST_CHECKS)
 
 
 @pytest.mark.slow
 def test_files_are_measured_and_what_is_no_timing_keeps_its_limits(tmp_path):
-    result = subprocess.run(
-        [sys.executable, BENCHMARKS / "export_bench.py", "--quick", "--output", tmp_path / "export.json"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    content, told = quick("export_bench", tmp_path / "export.json")
 
-    content = json.loads((tmp_path / "export.json").read_text())
     checks, limits = content["checks"], content["limits"]
     assert checks.keys() == limits.keys() == EXPORT_CHECKS
     assert all(math.isfinite(each) for each in checks.values())
@@ -81,18 +81,13 @@ def test_files_are_measured_and_what_is_no_timing_keeps_its_limits(tmp_path):
             latencies = content["models"][model]["latency"][batch]
             assert latencies.keys() == {"fp32", "fp32_again", "folded", "default_options", "int8"}
             assert all(len(each["wall"]) == content["settings"]["rounds"] for each in latencies.values())
-    assert all(name in result.stdout for name in EXPORT_CHECKS)
+    assert all(name in told for name in EXPORT_CHECKS)
 
 
 @pytest.mark.slow
 def test_the_cost_of_a_step_is_measured_and_its_memory_keeps_its_limit(tmp_path):
-    result = subprocess.run(
-        [sys.executable, BENCHMARKS / "step_overhead.py", "--quick", "--output", tmp_path / "step.json"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    content, told = quick("step_overhead", tmp_path / "step.json")
 
-    content = json.loads((tmp_path / "step.json").read_text())
     checks, limits = content["checks"], content["limits"]
     assert checks.keys() == limits.keys() == STEP_CHECKS
     assert all(math.isfinite(each) and each > 0 for each in checks.values())
@@ -105,7 +100,7 @@ def test_the_cost_of_a_step_is_measured_and_its_memory_keeps_its_limit(tmp_path)
         assert step["sparsity"] == pytest.approx(0.5, abs=1e-3)
         assert 3.9 < step["average_bits"] <= 4.0
         assert {len(step[kind][clock]) for kind in ("plain", "compressed") for clock in ("wall", "cpu")} == {rounds}
-    assert all(name in result.stdout for name in STEP_CHECKS)
+    assert all(name in told for name in STEP_CHECKS)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_xai_compress.callbacks.calibration import calibration_batches, tracked_norms, update_batchnorm
 
@@ -101,4 +101,4 @@ class RunningStatistics:
         self._training = {name: tensor.clone() for name, tensor in state.items()}
 
     def _buffers(self) -> list[Tensor]:
-        return [buffer for norm in self._norms for buffer in nn.Module.buffers(norm)]
+        return [buffer for norm in self._norms for buffer in norm.buffers()]

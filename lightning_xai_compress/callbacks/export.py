@@ -22,7 +22,7 @@ from lightning_xai_compress.callbacks.best import Best, Mode
 from lightning_xai_compress.callbacks.calibration import calibration_batches
 from lightning_xai_compress.callbacks.console import progress
 from lightning_xai_compress.callbacks.inputs import example_inputs
-from lightning_xai_compress.callbacks.monitor import mode_of, placeholder
+from lightning_xai_compress.callbacks.monitor import CompressedMetric
 from lightning_xai_compress.callbacks.outcome import Outcome
 from lightning_xai_compress.callbacks.precision import MixedPrecision
 from lightning_xai_compress.callbacks.processes import Processes
@@ -114,9 +114,9 @@ class CompressedExport(CompressionCallback, Stage):
                 f"activations={self.files.activations!r} is a way to write ONNX, but formats={list(self.formats)}: "
                 "add 'onnx', or leave activations out"
             )
+        mode = _check_mode(mode, metric)
         self.best = _best(export, mode, metric)
-        higher = getattr(metric, "higher_is_better", None)
-        self._mode: Mode | None = mode or (None if higher is None else "max" if higher else "min")
+        self.compressed = CompressedMetric(self.accuracy.label, mode)
         self._outcome = Outcome()
         self._dense: dict[str, Any] = {}
         self._dense_sizes: dict[str, int] = {}
@@ -153,7 +153,7 @@ class CompressedExport(CompressionCallback, Stage):
                 "larger bits out, or allow 8"
             )
         self._check_tracing(session)
-        self._publish(session, None)
+        self.compressed.publish(session.trainer, None, progress=session.progress())
         if not self._dense:
             self._dense = asdict(Measured(dense_bytes(session.module)))
 
@@ -170,7 +170,7 @@ class CompressedExport(CompressionCallback, Stage):
     @property
     def metric_key(self) -> str:
         """`compressed_` and the name of the metric."""
-        return f"compressed_{self.accuracy.label}" if self.accuracy.label else ""
+        return self.compressed.key
 
     def before_validation(self, session: Session) -> None:
         """What is logged so far is of earlier weights."""
@@ -180,7 +180,7 @@ class CompressedExport(CompressionCallback, Stage):
         """Remember the named metric, publish that of the compressed model, and keep the best weights."""
         self.accuracy.after_validation(session)
         value = self.accuracy.of_validation(session) if session.complete else None
-        self._publish(session, value)
+        self.compressed.publish(session.trainer, value, progress=session.progress())
         if self.best is not None and value is not None and self.best.beaten_by(value):
             latent = session.averaging.latent_state()
             self.best.keep(value, session.epoch_after_batch(), session.module, latent)
@@ -189,21 +189,8 @@ class CompressedExport(CompressionCallback, Stage):
         """Without validation, a named metric is that of training."""
         if not self.accuracy.measures and not sum(session.trainer.num_val_batches):
             value = self.accuracy.of_training(session)
-            self._publish(session, value if session.complete else None)
-
-    def _publish(self, session: Session, value: float | None) -> None:
-        """To callbacks that choose by it; to loggers only what was measured."""
-        if not self.metric_key:
-            return
-        trainer = session.trainer
-        if value is None:
-            mode = self._mode or mode_of(trainer, (self.metric_key, self.accuracy.label))
-            shown = placeholder(mode, session.progress())
-        else:
-            shown = torch.tensor(value)
-            for logger in trainer.loggers:
-                logger.log_metrics({self.metric_key: value}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        trainer.callback_metrics[self.metric_key] = shown
+            shown = value if session.complete else None
+            self.compressed.publish(session.trainer, shown, progress=session.progress())
 
     def finish(self, session: Session) -> None:
         """Export, measure and tell."""
@@ -385,17 +372,21 @@ def check_writable(directory: Path) -> None:
         raise ArtifactError(f"export_dir {directory} cannot be written ({error}): name another folder") from error
 
 
-def _best(export: str, mode: str | None, metric: Metric | str | None) -> Best | None:
-    if export not in ("last", "best"):
-        raise ValueError(f"export must be 'last' or 'best', got {export!r}")
+def _check_mode(mode: str | None, metric: Metric | str | None) -> Mode | None:
+    """What is best, as the user says or else the metric itself; None where neither does."""
     if mode not in (None, "max", "min"):
         raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+    higher = getattr(metric, "higher_is_better", None)
+    return mode or (None if higher is None else "max" if higher else "min")  # type: ignore[return-value]
+
+
+def _best(export: str, mode: Mode | None, metric: Metric | str | None) -> Best | None:
+    if export not in ("last", "best"):
+        raise ValueError(f"export must be 'last' or 'best', got {export!r}")
     if export == "last":
         return None
     if metric is None:
         raise ValueError("export='best' needs metric=: what best means")
-    higher = getattr(metric, "higher_is_better", None)
-    if mode is None and higher is None:
+    if mode is None:
         raise ValueError(f"export='best' needs mode='max' or 'min': {metric!r} does not tell which is better")
-    name = metric if isinstance(metric, str) else type(metric).__name__
-    return Best(mode or ("max" if higher else "min"), name)  # type: ignore[arg-type]
+    return Best(mode, metric if isinstance(metric, str) else type(metric).__name__)

@@ -11,10 +11,42 @@ from torch import Tensor
 
 from lightning_xai_compress.callbacks.best import Mode
 
-__all__ = ["check_monitors", "mode_of", "placeholder"]
+__all__ = ["CompressedMetric", "check_monitors", "mode_of", "placeholder"]
 
 _CHOOSING = ("ModelCheckpoint", "EarlyStopping")
 _LOW = ("loss", "error", "err", "mae", "mse", "rmse", "perplexity", "wer", "cer")
+
+
+class CompressedMetric:
+    """What callbacks that choose by a metric find as `compressed_<name>`, from the first epoch on.
+
+    Args:
+        name: Of the metric; "" for none: then nothing is published.
+        mode: Whether the largest or the smallest is best; None: see `mode_of`.
+    """
+
+    def __init__(self, name: str, mode: Mode | None) -> None:
+        self.key = f"compressed_{name}" if name else ""
+        self._name = name
+        self._mode = mode
+
+    def publish(self, trainer: Trainer, value: float | None, *, progress: float) -> None:
+        """To callbacks, and to loggers only what was measured.
+
+        Args:
+            trainer: In fit.
+            value: Of the compressed model; None as long as there is none.
+            progress: Share of the fit that is done, in [0, 1].
+        """
+        if not self.key:
+            return
+        if value is None:
+            shown = placeholder(self._mode or mode_of(trainer, (self.key, self._name)), progress)
+        else:
+            shown = torch.tensor(value)
+            for logger in trainer.loggers:
+                logger.log_metrics({self.key: value}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.callback_metrics[self.key] = shown
 
 
 def check_monitors(trainer: Trainer, key: str) -> None:
