@@ -77,6 +77,20 @@ class ToyNet(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=1e-3)
 
 
+class TiedNet(ToyNet):
+    """Two names for one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.third = nn.Conv2d(8, 8, 3, padding=1)
+        self.third.weight = self.second.weight
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.first(x)))
+        x = F.avg_pool2d(F.relu(self.third(F.relu(self.second(x)))), 3)
+        return self.head(x.flatten(1))
+
+
 def watch_scores(monkeypatch):
     """A list of what every scoring pass of a fit finds: the session itself lets go of scores once they are used."""
     found = []

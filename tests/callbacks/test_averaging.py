@@ -14,7 +14,7 @@ from torch import nn
 from lightning_xai_compress import CompressedExport, Files, load_compressed
 from lightning_xai_compress.callbacks.checkpoint import plan_of
 
-from toy import Corners, ToyNet, compression, fit, trainer
+from toy import Corners, TiedNet, ToyNet, compression, fit, trainer
 
 
 class PlainNet(ToyNet):
@@ -209,20 +209,6 @@ def test_a_checkpoint_saved_later_holds_quantized_weights(tmp_path, how):
     holds(plain, callback.session.latent.plan())
     if how == "after the fit":
         assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-
-
-class TiedNet(ToyNet):
-    """Two names for one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.again = nn.Conv2d(8, 8, 3, padding=1)
-        self.again.weight = self.second.weight
-
-    def forward(self, x):
-        x = torch.relu(self.norm(self.first(x)))
-        x = torch.relu(self.again(torch.relu(self.second(x))))
-        return self.head(nn.functional.avg_pool2d(x, 3).flatten(1))
 
 
 def test_a_checkpoint_of_an_average_of_tied_weights_holds_quantized_weights(tmp_path):

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -18,7 +17,7 @@ from torch.optim.optimizer import (
 from lightning_xai_compress import LatentCopyError
 
 from stepping import Manual, Watch, compress, stepping_with
-from toy import ToyNet, compression, fit
+from toy import TiedNet, ToyNet, compression, fit
 
 # --- optimizers that cannot be
 
@@ -232,18 +231,7 @@ def test_a_frozen_layer_is_compressed_and_may_be_unfrozen_later(tmp_path, epoch)
 
 
 def test_tied_weights_stay_tied_and_are_compressed_once(tmp_path):
-    class Tied(ToyNet):
-        def __init__(self):
-            super().__init__()
-            self.third = nn.Conv2d(8, 8, 3, padding=1)
-            self.third.weight = self.second.weight
-
-        def forward(self, x):
-            x = F.relu(self.norm(self.first(x)))
-            x = F.avg_pool2d(F.relu(self.third(F.relu(self.second(x)))), 3)
-            return self.head(x.flatten(1))
-
-    trained, callback, _ = compress(tmp_path, Tied)
+    trained, callback, _ = compress(tmp_path, TiedNet)
     assert trained.third.weight is trained.second.weight
     assert [layer.name for layer in callback.report.layers] == ["first.weight", "head.weight", "second.weight"]
 
