@@ -38,7 +38,7 @@ class ImageData(L.LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        self.train, self.val, self.test = (TensorDataset(*images) for images in self.load())
+        self.train, self.val, self.test = (ImageDataset(*images) for images in self.load())
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if not (self.flip and self.trainer is not None and self.trainer.training):
@@ -49,13 +49,26 @@ class ImageData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         sampler = EpochSampler(len(self.train), self.seed)
-        return DataLoader(self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True)
+        return DataLoader(
+            self.train, batch_size=self.batch_size, sampler=sampler, drop_last=True, collate_fn=as_it_is
+        )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return _in_order(self.val)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return _in_order(self.test)
+
+
+class ImageDataset(TensorDataset):
+    """Gives a whole batch at a time: images one by one take longer than a small network trains on them."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return tuple(tensor[indices] for tensor in self.tensors)
+
+
+def as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return batch
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
@@ -145,4 +158,4 @@ def _scale(images: np.ndarray) -> Tensor:
 
 
 def _in_order(dataset: Dataset[tuple[Tensor, ...]]) -> DataLoader[tuple[Tensor, ...]]:
-    return DataLoader(dataset, batch_size=500)
+    return DataLoader(dataset, batch_size=500, collate_fn=as_it_is)

@@ -153,7 +153,7 @@ def test_settings_and_plain_modules_give_the_same_file(compressed, tmp_path, run
 REFUSED_MODELS = {
     "toy": "--model: expected module:Class, got 'toy'; for models.py with class Net write models:Net",
     "toyz:Net": r"module 'toyz' cannot be imported from .*No module named 'toyz'; change to the folder",
-    "toy:Net": "--model toy:Net: toy has no 'Net'; it has ToyNet",
+    "toy:Net": "--model toy:Net: toy has no 'Net'; it has TiedNet, ToyNet",
     "test_commands_export:NO_MODEL": "expected a class, got a int; name the class of the model",
     "json:dumps": r"json:dumps cannot be built: TypeError: .*; give what its __init__ needs as --init name=value",
     "builtins:dict": r"expected a torch\.nn\.Module, got a dict; name its class",
