@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 SEEDS ?= 0
+JOBS ?= 2
+ONLY ?= *
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -10,7 +12,7 @@ FASHION_MNIST := /usr/share/datasets/fashion-mnist
 # Two cores: two test processes of one thread each are faster than one of two.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::DeprecationWarning
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow benchmark check format clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --seeds $(SEEDS)
@@ -20,6 +22,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP) $(FASHION_MNIST)
 	$(BIN)/python -m pytest -m slow
+
+# Hours in all, resumable at any time, and in parts: make benchmark ONLY='cnn/*' JOBS=2
+benchmark: $(STAMP) $(FASHION_MNIST)
+	$(BIN)/python benchmarks/fashion_bench.py --jobs $(JOBS) --only '$(ONLY)'
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_xai_compress.callbacks import (
+        AccuracyBudget,
         CompressedExport,
         MixedPrecision,
         Pruning,
@@ -16,20 +17,32 @@ if TYPE_CHECKING:
         RelevancePruning,
         RelevanceScoring,
         Scoring,
+        SizeBudget,
         XAICompression,
     )
+    from lightning_xai_compress.compression import Compressed, compress
     from lightning_xai_compress.criteria import score
-    from lightning_xai_compress.errors import ArtifactError, CompressionError, LatentCopyError, RelevanceError
+    from lightning_xai_compress.errors import (
+        ArtifactError,
+        BudgetError,
+        CompressionError,
+        LatentCopyError,
+        RelevanceError,
+    )
     from lightning_xai_compress.formats import Files, Inputs, load_compressed, save
     from lightning_xai_compress.plan import BitAllocation, CompressionPlan, HeatMaps, Mask, ScoreMap
-    from lightning_xai_compress.pruning import select_mask
+    from lightning_xai_compress.pruning import Choice, select_mask
     from lightning_xai_compress.quantization import allocate_bits
     from lightning_xai_compress.relevance import save_heatmaps
     from lightning_xai_compress.report import Report
 
 __all__ = [
+    "AccuracyBudget",
     "ArtifactError",
     "BitAllocation",
+    "BudgetError",
+    "Choice",
+    "Compressed",
     "CompressedExport",
     "CompressionError",
     "CompressionPlan",
@@ -47,8 +60,10 @@ __all__ = [
     "Report",
     "ScoreMap",
     "Scoring",
+    "SizeBudget",
     "XAICompression",
     "allocate_bits",
+    "compress",
     "load_compressed",
     "save",
     "save_heatmaps",
@@ -60,6 +75,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "callbacks": (
+        "AccuracyBudget",
         "CompressedExport",
         "MixedPrecision",
         "Pruning",
@@ -67,13 +83,15 @@ _ROOMS = {
         "RelevancePruning",
         "RelevanceScoring",
         "Scoring",
+        "SizeBudget",
         "XAICompression",
     ),
+    "compression": ("Compressed", "compress"),
     "criteria": ("score",),
-    "errors": ("ArtifactError", "CompressionError", "LatentCopyError", "RelevanceError"),
+    "errors": ("ArtifactError", "BudgetError", "CompressionError", "LatentCopyError", "RelevanceError"),
     "formats": ("Files", "Inputs", "load_compressed", "save"),
     "plan": ("BitAllocation", "CompressionPlan", "HeatMaps", "Mask", "ScoreMap"),
-    "pruning": ("select_mask",),
+    "pruning": ("Choice", "select_mask"),
     "quantization": ("allocate_bits",),
     "relevance": ("save_heatmaps",),
     "report": ("Report",),

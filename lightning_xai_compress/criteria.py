@@ -15,6 +15,7 @@ from zennit.core import Composite
 from lightning_xai_compress.errors import RelevanceError
 from lightning_xai_compress.layers import find_scorable
 from lightning_xai_compress.plan import ScoreMap, Skipped, unknown_rows
+from lightning_xai_compress.ranking import lamp
 from lightning_xai_compress.relevance import (
     AttentionRule,
     Explain,
@@ -79,15 +80,15 @@ def score(
     gradients, buffers, training flags and random state as they were. A module wrapped by `torch.compile` is scored
     under the names of the original one.
 
-    Relevance is summed over positions and averaged over samples. For "lrp" and "deeplift" the ranking score is Q |w'|,
-    where Q is the root of the mean over samples of the sum of r^2 over positions (without "rms", the best of the
-    statistics that were collected), and w' the weight with a directly following BatchNorm folded in: rescaling a
-    weight in front of a BatchNorm changes nothing, and so must not change its rank.
+    Relevance is summed over positions and averaged over samples. For "lrp" and "deeplift" the ranking score is
+    Q |w'|, where Q is the root of the mean over samples of the sum of r^2 over positions (without "rms", the best
+    of the statistics that were collected), and w' the weight with a directly following BatchNorm folded in: rescaling
+    a weight in front of a BatchNorm changes nothing, and so must not change its rank.
 
     | criterion | score | relevance | sensitivity |
     |---|---|---|---|
     | "lrp" | Q abs(w') | Layer-wise Relevance Propagation | mean (r / w)^2 |
-    | "deeplift" | Q abs(w') | share of f(x) - f(baseline), rescale rule (Shrikumar et al. 2017) | mean (r / w)^2 |
+    | "deeplift" | Q abs(w') | share of f(x) - f(baseline), rescale rule (Shrikumar et al. 2017) | as above |
     | "taylor" | abs(mean g w) | gradient times weight (Molchanov et al. 2019, eq. 8) | mean g^2 |
     | "fisher" | mean g^2 w^2, g of one sample | gradient times weight | mean g^2 |
     | "wanda" | abs(w) norm of its input (Sun et al. 2024, eq. 1) | no sign | mean x^2 |
@@ -155,7 +156,7 @@ def score(
         if criterion == "magnitude":
             scores[name] = weight.abs()
         elif criterion == "lamp":
-            scores[name] = _lamp(weight)
+            scores[name] = lamp(weight)
         else:
             scores[name] = torch.rand(weight.shape, generator=generator).to(weight)
     return _unsigned(scores, found.skipped)
@@ -262,16 +263,6 @@ def _weights(request: _Request) -> dict[str, Tensor]:
     """The weights to score, float32 at least; masked ones (`torch.nn.utils.prune`) with their mask applied."""
     with isolated(request.model, ()) as copy:
         return {name: copy.leaves[name].detach() for name in request.layers}
-
-
-def _lamp(weight: Tensor) -> Tensor:
-    """w^2 over the sum of the squares of all weights of the layer that are not smaller."""
-    squares = weight.flatten().square()
-    order = squares.argsort(stable=True)
-    not_smaller = squares[order].flip(0).cumsum(0).flip(0)
-    result = torch.zeros_like(squares)
-    result[order] = squares[order] / not_smaller.clamp_min(torch.finfo(squares.dtype).tiny)
-    return result.view_as(weight)
 
 
 def _check_layers(model: nn.Module, layers: Sequence[str], scorable: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """What can go wrong that is not a bad argument: one family, so that one `except` catches it."""
 
-__all__ = ["ArtifactError", "CompressionError", "LatentCopyError", "NonFiniteError", "RelevanceError"]
+__all__ = ["ArtifactError", "BudgetError", "CompressionError", "LatentCopyError", "NonFiniteError", "RelevanceError"]
 
 
 class CompressionError(RuntimeError):
@@ -21,3 +21,7 @@ class LatentCopyError(CompressionError):
 
 class ArtifactError(CompressionError):
     """A file cannot be written, or was refused on reading: damaged, of another version, or of another model."""
+
+
+class BudgetError(CompressionError):
+    """A size or an accuracy that the user named cannot be met."""

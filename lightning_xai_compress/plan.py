@@ -22,6 +22,7 @@ __all__ = [
     "Mask",
     "ScoreMap",
     "Skipped",
+    "by_rows",
     "student_t",
     "unknown_rows",
 ]
@@ -164,21 +165,26 @@ class Mask:
 
 @dataclass(frozen=True)
 class BitAllocation:
-    """Bit width of every output channel.
+    """Bit width of every row: of every output channel, or of every group of input channels within one (`by_rows`).
 
     Args:
-        bits: uint8 tensors of shape [channels], values in 2..8.
-        channel_size: Number of weights in one channel of each parameter.
+        bits: uint8 tensors of shape [rows], values in 2..8.
+        channel_size: Number of weights in one row of each parameter.
 
     Raises:
-        ValueError: A width outside 2..8.
+        ValueError: A width outside 2..8, widths of another shape, or sizes of other parameters.
     """
 
     bits: Mapping[str, Tensor]
     channel_size: Mapping[str, int]
 
     def __post_init__(self) -> None:
+        if self.bits.keys() != self.channel_size.keys():
+            differing = sorted(self.bits.keys() ^ self.channel_size.keys())
+            raise ValueError(f"bit widths and sizes of rows name different parameters: {differing}")
         for name, tensor in self.bits.items():
+            if tensor.dim() != 1:
+                raise ValueError(f"bit widths of {name} must have shape [rows], got {tuple(tensor.shape)}")
             if tensor.numel() and not MIN_BITS <= int(tensor.min()) <= int(tensor.max()) <= MAX_BITS:
                 raise ValueError(f"bit widths of {name} must lie in {MIN_BITS}..{MAX_BITS}, got {tensor.unique()}")
 
@@ -199,9 +205,9 @@ class CompressionPlan:
 
     Args:
         mask: Which weights stay.
-        allocation: Bit width of each output channel; None while nothing is quantized.
-        scales: Step of the grid of each output channel, float32 of shape [channels], exactly representable in
-            bfloat16, >= 0. A weight equals its integer code times the scale, codes within +-(2^(bits-1) - 1).
+        allocation: Bit width of each row; None while nothing is quantized.
+        scales: Step of the grid of each row, float32 of shape [rows], exactly representable in bfloat16, >= 0. A
+            weight equals its integer code times the scale, codes within +-(2^(bits-1) - 1).
         skipped: What was left alone, and why.
         provenance: How it was made (criterion, versions and the like): plain text that every file keeps.
     """
@@ -216,6 +222,40 @@ class CompressionPlan:
         quantized = set(self.allocation.bits) if self.allocation else set()
         if quantized != set(self.scales):
             raise ValueError(f"scales and bit widths name different parameters: {sorted(quantized ^ set(self.scales))}")
+        for name, scale in self.scales.items():
+            if self.allocation is not None and scale.shape != self.allocation[name].shape:
+                raise ValueError(
+                    f"expected a scale for each of the {len(self.allocation[name])} rows of {name} that have a bit "
+                    f"width, got scales of shape {tuple(scale.shape)}"
+                )
+
+
+def by_rows(weight: Tensor, rows: int) -> Tensor:
+    """See a weight as the rows that have a bit width and a scale each.
+
+    A row is a channel (index of the first dimension) or, where there are more rows than channels, a group of
+    consecutive input channels (second dimension) within one.
+
+    Args:
+        weight: Shape [channels, inputs, ...].
+        rows: `channels`, or `channels * groups` for a number of groups that divides the inputs.
+
+    Returns:
+        The weight itself, or shape [channels * groups, inputs / groups, ...]: a view where memory allows it, else a
+        copy.
+
+    Raises:
+        ValueError: Another number of rows.
+    """
+    if rows == len(weight):
+        return weight
+    groups, left = divmod(rows, max(1, len(weight)))
+    if weight.dim() < 2 or groups < 1 or left or weight.shape[1] % groups:
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} cannot be cut into {rows} rows: expected one row a channel "
+            f"({len(weight)}), or that times a number of groups that divides its input channels"
+        )
+    return weight.reshape(rows, weight.shape[1] // groups, *weight.shape[2:])
 
 
 def unknown_rows(scores: Mapping[str, Tensor]) -> list[Skipped]:

@@ -34,7 +34,8 @@ def test_a_trained_model_is_compressed_in_five_calls(tmp_path):
     selection = select_mask(scores, 0.5)
     parameters = dict(model.named_parameters())
     weights = {name: parameters[name].detach() * selection.mask[name] for name in scores.score}
-    allocation, scales = allocate_bits(weights, scores, average_bits=4.0)
+    found = allocate_bits(weights, scores, average_bits=4.0)
+    allocation, scales = found.allocation, found.scales
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(quantize(weight, allocation[name], scales[name]))

@@ -77,7 +77,7 @@ def test_the_callback_is_added_on_the_command_line_and_printed_configs_run(tmp_p
     settings = yaml.safe_load(printed)["trainer"]["callbacks"][0]
     assert settings["class_path"] == "lightning_xai_compress.XAICompression"
     assert settings["init_args"]["sparsity"] == 0.7
-    assert settings["init_args"]["pruning"] == {"steps": 3}
+    assert settings["init_args"]["pruning"]["steps"] == 3
     assert settings["init_args"]["files"]["onnx_bits"] == [4, 8]
     (tmp_path / "printed.yaml").write_text(printed)
 

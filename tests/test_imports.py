@@ -15,16 +15,22 @@ ALLOWED = {
     "checks": set(),
     "tables": set(),
     "plan": set(),
+    "ranking": set(),
     "layers": {"errors", "plan"},
     "relevance": {"errors", "plan", "layers"},
-    "criteria": {"errors", "plan", "layers", "relevance"},
-    "pruning": {"errors", "plan"},
+    "criteria": {"errors", "plan", "ranking", "layers", "relevance"},
+    "pruning": {"errors", "plan", "ranking"},
     "quantization": {"errors", "plan"},
     "formats": {"errors", "plan", "layers"},
     "report": {"errors", "plan", "layers", "relevance", "formats", "tables"},
+    "budget": {"errors", "plan", "formats", "quantization", "report"},
+    "compression": {
+        *("errors", "plan", "layers", "relevance", "criteria", "pruning", "quantization", "formats", "report"),
+        "budget",
+    },
     "callbacks": {
         *("errors", "plan", "layers", "relevance", "criteria", "pruning", "quantization", "formats", "report"),
-        "tables",
+        *("budget", "tables"),
     },
     "commands": {"errors", "formats", "callbacks", "tables"},
     "__main__": {"commands"},
@@ -34,7 +40,7 @@ OWNERS = {
     "lightning": "callbacks",
     # the second one only where load_compressed(integers=True) asks for it: formats must not import quantization
     "torchao": ("quantization/grid.py", "formats/load_torchao.py"),
-    "torchmetrics": ("report", "callbacks"),
+    "torchmetrics": ("report", "compression", "callbacks"),
 }
 
 

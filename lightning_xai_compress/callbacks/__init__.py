@@ -1,5 +1,7 @@
 """The callbacks: the only room that knows Lightning. They say when; the other rooms say what."""
 
+from lightning_xai_compress.callbacks.accuracy_budget import AccuracyBudget
+from lightning_xai_compress.callbacks.budget import SizeBudget
 from lightning_xai_compress.callbacks.compress import XAICompression
 from lightning_xai_compress.callbacks.export import CompressedExport
 from lightning_xai_compress.callbacks.precision import MixedPrecision, Quantization
@@ -8,6 +10,7 @@ from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.stage import Scoring
 
 __all__ = [
+    "AccuracyBudget",
     "CompressedExport",
     "MixedPrecision",
     "Pruning",
@@ -15,5 +18,6 @@ __all__ = [
     "RelevancePruning",
     "RelevanceScoring",
     "Scoring",
+    "SizeBudget",
     "XAICompression",
 ]

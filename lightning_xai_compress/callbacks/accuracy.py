@@ -143,6 +143,11 @@ class Accuracy:
             return None
         return self.logged["value"]
 
+    def restate(self, session: Session, value: float, epoch: float) -> None:
+        """The module holds again what a validation measured earlier."""
+        if isinstance(self.metric, str):
+            self.logged = {"value": value, "epoch": epoch, "step": session.trainer.global_step}
+
     def load(self, logged: dict[str, Any]) -> None:
         """Take up or begin."""
         self.logged = dict(logged)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_xai_compress.callbacks.calibration import calibration_batches, tracked_norms, update_batchnorm
+from lightning_xai_compress.callbacks.calibration import calibration_batches
+from lightning_xai_compress.relevance import tracked_norms, update_batchnorm
 
 __all__ = ["RunningStatistics"]
 
@@ -49,12 +51,7 @@ class RunningStatistics:
     @torch.no_grad()
     def before_batch(self) -> None:
         """Training goes on with its own statistics."""
-        if self._training:
-            buffers = dict(self._module.named_buffers())
-            for name, own in self._training.items():
-                buffers[name].copy_(own)
-            self._training = {}
-            self._step = -1
+        self._give_back()
         if not self._good:  # else the last step was dropped, and these are still the last good ones
             self._good = [(buffer, buffer.clone()) for buffer in self._buffers()]
 
@@ -91,6 +88,26 @@ class RunningStatistics:
         finally:
             if validating:
                 self._trainer.validating = True
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Inside, statistics are estimates for the present weights; afterwards training's own, if they were before."""
+        shown = bool(self._training)
+        self.refresh(again=True)
+        try:
+            yield
+        finally:
+            if not shown:
+                self._give_back()
+
+    @torch.no_grad()
+    def _give_back(self) -> None:
+        if self._training:
+            buffers = dict(self._module.named_buffers())
+            for name, own in self._training.items():
+                buffers[name].copy_(own)
+            self._training = {}
+            self._step = -1
 
     def state_dict(self) -> dict[str, Tensor]:
         """Training's own statistics, while the module holds others."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics import Metric
 
-__all__ = ["Best", "Mode"]
+from lightning_xai_compress.report import Mode
 
-Mode = Literal["max", "min"]
+__all__ = ["Best", "Mode", "best_of", "fill"]
 
 
 class Best:
@@ -28,6 +29,7 @@ class Best:
         self.of = f"{mode} {metric}".strip()
         self.value: float | None = None
         self.epoch = 0.0
+        self.bytes = 0  # of its packed file, where somebody weighs it
         self.weights: dict[str, Tensor] = {}
         self.latent: dict[str, dict[str, Tensor]] = {}
 
@@ -49,14 +51,15 @@ class Best:
         """The model holds the best weights inside, and its own again afterwards."""
         own = {name: tensor.clone() for name, tensor in _tensors(model).items()}
         try:
-            _fill(model, self.weights)
+            fill(model, self.weights)
             yield
         finally:
-            _fill(model, own)
+            fill(model, own)
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain types."""
-        return {"of": self.of, "value": self.value, "epoch": self.epoch, "weights": self.weights, "latent": self.latent}
+        plain = {"of": self.of, "value": self.value, "epoch": self.epoch, "bytes": self.bytes}
+        return {**plain, "weights": self.weights, "latent": self.latent}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up or begin; what was best by another measure is no start."""
@@ -65,6 +68,24 @@ class Best:
             state = {}
         self.value, self.epoch = state.get("value"), state.get("epoch", 0.0)
         self.weights, self.latent = dict(state.get("weights", {})), dict(state.get("latent", {}))
+        self.bytes = state.get("bytes", 0)
+
+
+def best_of(export: str, mode: Mode | None, metric: Metric | str | None) -> Best | None:
+    """Keeps the best state, where it is to be exported.
+
+    Raises:
+        ValueError: No such choice, or nothing that tells what is best.
+    """
+    if export not in ("last", "best"):
+        raise ValueError(f"export must be 'last' or 'best', got {export!r}")
+    if export == "last":
+        return None
+    if metric is None:
+        raise ValueError("export='best' needs metric=: what best means")
+    if mode is None:
+        raise ValueError(f"export='best' needs mode='max' or 'min': {metric!r} does not tell which is better")
+    return Best(mode, metric if isinstance(metric, str) else type(metric).__name__)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -73,7 +94,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers other values."""
     for name, tensor in _tensors(model).items():
         tensor.copy_(values[name])
 

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count, islice
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_xai_compress.callbacks.processes import unpadded
 from lightning_xai_compress.callbacks.randomness import seeded
 from lightning_xai_compress.callbacks.sampling import Member, batch_size_of
-from lightning_xai_compress.relevance import call_model, evaluation, split_batch
 
-__all__ = [
-    "calibration_batches",
-    "forward",
-    "set_epoch",
-    "tracked_norms",
-    "training_batch_size",
-    "update_batchnorm",
-    "validation_batches",
-]
-
-Norm = nn.modules.batchnorm._BatchNorm
+__all__ = ["calibration_batches", "set_epoch", "training_batch_size", "validation_batches"]
 
 
 def training_loaders(trainer: Trainer) -> list[DataLoader[Any]]:
@@ -128,64 +115,3 @@ def validation_batches(trainer: Trainer) -> Iterator[Any]:
     for index, (loader, limit) in enumerate(zip(members, limits, strict=True)):
         for batch in islice(unpadded(loader), None if limit == float("inf") else int(limit)):
             yield transfer(trainer, batch, index)
-
-
-def tracked_norms(model: nn.Module) -> list[Norm]:
-    """BatchNorm layers that are gathering running statistics now; frozen ones (in evaluation mode) are not."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, Norm) and module.training and module.running_mean is not None
-    ]
-
-
-@torch.no_grad()
-def update_batchnorm(module: LightningModule, norms: Sequence[Norm], batches: Iterable[Any]) -> None:
-    """Estimate BatchNorm statistics anew, as the plain mean over batches.
-
-    Batches that give values that are not finite are left out. All other layers (dropout, say) are
-    in evaluation mode; `torch.optim.swa_utils.update_bn` would train them, too, and loses each module's own flag.
-    """
-    if not norms:
-        return
-    before = _copies(norms)
-    momenta = [norm.momentum for norm in norms]
-    used = 0
-    with evaluation(module):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None
-                norm.training = True
-            for index, batch in enumerate(batches):
-                so_far = _copies(norms)
-                forward(module, batch, index)
-                if all(bool(torch.isfinite(buffer).all()) for buffer, _ in so_far):
-                    used += 1
-                else:
-                    _restore(so_far)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-                norm.training = False
-            if used:  # the counter goes on counting training batches
-                before = [(buffer, copy) for buffer, copy in before if not buffer.is_floating_point()]
-            _restore(before)
-
-
-def forward(module: LightningModule, batch: Any, index: int) -> None:
-    """One forward pass, for what layers see of it."""
-    if callable(own := getattr(module, "relevance_step", None)):
-        own(batch, index)
-    else:
-        args, kwargs, _ = split_batch(batch)
-        call_model(module, args, kwargs)
-
-
-def _copies(norms: Sequence[Norm]) -> list[tuple[Tensor, Tensor]]:
-    return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-
-
-def _restore(copies: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, copy in copies:
-        buffer.copy_(copy)

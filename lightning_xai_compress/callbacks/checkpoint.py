@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_xai_compress.errors import ArtifactError
-from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, Skipped
+from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, Skipped, by_rows
 
 __all__ = ["plan_of"]
 
@@ -47,13 +47,14 @@ def plan_of(checkpoint: Mapping[str, Any]) -> CompressionPlan:
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
             _check(part, name, tensor, weights.get(name))
-    if parts["bits"].keys() != parts["scales"].keys():
+    rows = [{name: len(tensor) for name, tensor in parts[part].items()} for part in ("bits", "scales")]
+    if rows[0] != rows[1]:
         raise ArtifactError(
-            "the checkpoint is damaged: its bit widths and scales name different parameters; use another"
+            "the checkpoint is damaged: its bit widths and scales name different parameters, or rows; use another"
         )
     names = dict.fromkeys([*parts["keep"], *parts["bits"]])
     keep = {name: parts["keep"].get(name, torch.ones_like(weights[name], dtype=torch.bool)) for name in names}
-    sizes = {name: weights[name][0].numel() for name in parts["bits"]}
+    sizes = {name: weights[name].numel() // len(bits) for name, bits in parts["bits"].items()}
     allocation = BitAllocation(parts["bits"], sizes) if sizes else None
     skipped = tuple(Skipped(**entry) for entry in state.get("skipped", ()))
     return CompressionPlan(Mask(keep), allocation, parts["scales"], skipped, dict(state.get("provenance") or {}))
@@ -79,12 +80,20 @@ def _check(part: str, name: str, tensor: Tensor, weight: object) -> None:
         raise ArtifactError(
             f"the checkpoint compressed {name}, but its state_dict lacks it: it is of two models; use another"
         )
-    wanted = weight.shape if part == "keep" else weight.shape[:1]
-    if tensor.shape != wanted:
+    fits = tensor.shape == weight.shape if part == "keep" else _has_rows(weight, tensor.shape)
+    if not fits:
+        wanted = f"{tuple(weight.shape)}" if part == "keep" else f"one number a row of {tuple(weight.shape)}"
         raise ArtifactError(
-            f"the checkpoint is damaged: {part} of {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted)}; "
+            f"the checkpoint is damaged: {part} of {name} has shape {tuple(tensor.shape)}, expected {wanted}; "
             "use another"
         )
+
+
+def _has_rows(weight: Tensor, shape: torch.Size) -> bool:
+    try:
+        return len(shape) == 1 and len(by_rows(weight, shape[0])) == shape[0]
+    except ValueError:
+        return False
 
 
 def _moment(checkpoint: Mapping[str, Any]) -> str:

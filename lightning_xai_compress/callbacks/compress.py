@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from torchmetrics import Metric
 
+from lightning_xai_compress.callbacks.accuracy_budget import AccuracyBudget
 from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.best import Mode
+from lightning_xai_compress.callbacks.budget import Budget, SizeBudget
 from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.export import CompressedExport
 from lightning_xai_compress.callbacks.precision import MixedPrecision, Quantization
@@ -32,10 +34,15 @@ class XAICompression(CompressionCallback):
     Args:
         sparsity: Share of the compressible weights to be zero at the end, in [0, 1); None to stop where the
             non-positive set is exhausted.
-        average_bits: Mean bit width over all compressible weights, pruned ones included.
+        average_bits: Mean bit width over all compressible weights, pruned ones included; None: 4, or what suits the
+            budget.
+        target_size: Instead of a sparsity: share of the dense file in (0, 1), or a number of bytes, that the packed
+            file shall have, see `SizeBudget`.
+        max_drop: Instead of a sparsity: compress as far as `metric` loses no more than so many points, see
+            `AccuracyBudget`.
         criterion: What weights are scored by: "lrp", "deeplift", "taylor", "fisher", "wanda", "magnitude", "lamp",
             "random", or a function `(model, batches, layers)` of your own or its import path, see `score`.
-        selection: "nonpositive" or "least", see `RelevancePruning`.
+        selection: "nonpositive", "least" or "literal", see `RelevancePruning`.
         bits: Widths to choose from, each in 2..8.
         warmup: When pruning begins: epochs (whole number), a share of the fit in [0, 1), or optimizer steps as a text
             such as "1500 steps"; 0 for a model that comes trained.
@@ -49,10 +56,13 @@ class XAICompression(CompressionCallback):
         formats: "safetensors", "onnx", "pt2".
         scoring: How relevance is computed: Scoring(explain, composite, attention, statistics, epsilon, baseline,
             samples, seed).
-        pruning: How patiently weights are pruned: Pruning(steps).
-        quantization: Whether layers read activations of 8 bits in quantized training, too: Quantization(activations).
-        files: How files are written (integer types, 8-bit activations, float16): Files(onnx_bits, activations, ranges,
-            float16).
+        pruning: How patiently weights are pruned, and what stays: Pruning(steps, schedule, milestones, rescore_every,
+            scope, floor, confidence, normalization, protect, protect_ends, fresh_batchnorm).
+        quantization: Who gets how many bits (strategy, per layer, channel or group, widths by name), and whether layers
+            read activations of 8 bits, too: Quantization(activations, strategy, bits_per, group_size, sensitivity,
+            widths).
+        files: How files are written (integer types, 8-bit activations, float16, BatchNorm merged): Files(onnx_bits,
+            activations, ranges, float16, merge_batchnorm).
 
     Raises:
         ValueError: A setting out of range; the text says which, what came and what is expected.
@@ -63,7 +73,9 @@ class XAICompression(CompressionCallback):
         self,
         *,
         sparsity: float | None = None,
-        average_bits: float = 4.0,
+        average_bits: float | None = None,
+        target_size: float | int | None = None,
+        max_drop: float | None = None,
         criterion: str | Callable[..., Any] = "lrp",
         selection: SelectionRule | None = None,
         bits: Sequence[int] = (2, 3, 4, 6, 8),
@@ -91,13 +103,15 @@ class XAICompression(CompressionCallback):
         self._precision = MixedPrecision(
             average_bits=average_bits, bits=bits, start=pruning_end, exclude=exclude, quantization=quantization
         )
+        self._budget = _budget(target_size, max_drop)
         self._export = CompressedExport(
             export_dir=export_dir, formats=formats, metric=metric, export=export, mode=mode, files=files
         )
 
     def stages(self) -> list[Stage]:
-        """All four."""
-        return [self._scoring, self._pruning, self._precision, self._export]
+        """All four, and the budget where there is one."""
+        own: list[Stage] = [self._scoring, self._pruning, self._precision, self._export]
+        return own if self._budget is None else [*own, self._budget]
 
     @property
     def report(self) -> Report | None:
@@ -106,3 +120,14 @@ class XAICompression(CompressionCallback):
         Every process of the fit has it, and with `ddp_spawn` and the like also the one that asked for the fit.
         """
         return self._export.report
+
+
+def _budget(target_size: float | int | None, max_drop: float | None) -> Budget | None:
+    if target_size is not None and max_drop is not None:
+        raise ValueError(
+            f"target_size={target_size} and max_drop={max_drop} contradict each other: one fixes the size and lets the "
+            "metric drop, the other the reverse; give one of them"
+        )
+    if target_size is not None:
+        return SizeBudget(target_size)
+    return None if max_drop is None else AccuracyBudget(max_drop)

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from lightning_xai_compress.callbacks.accuracy import Accuracy
 from lightning_xai_compress.callbacks.base import CompressionCallback
-from lightning_xai_compress.callbacks.best import Best, Mode
+from lightning_xai_compress.callbacks.best import Mode, best_of
 from lightning_xai_compress.callbacks.calibration import calibration_batches
 from lightning_xai_compress.callbacks.console import progress
 from lightning_xai_compress.callbacks.inputs import example_inputs
@@ -39,7 +39,8 @@ from lightning_xai_compress.formats import (
     Inputs,
     check_formats,
     check_traceable,
-    round_to_float16,
+    finished,
+    round_module,
     save,
 )
 from lightning_xai_compress.formats.onnx import OnnxModule
@@ -50,6 +51,7 @@ from lightning_xai_compress.report import (
     Measured,
     Report,
     build_report,
+    check_mode,
     dense_bytes,
     dense_sizes,
     render,
@@ -87,7 +89,7 @@ class CompressedExport(CompressionCallback, Stage):
         ArtifactError: (in fit, before training) the folder cannot be written.
     """
 
-    rank: ClassVar[int] = 3
+    rank: ClassVar[int] = 4
 
     def __init__(
         self,
@@ -114,8 +116,8 @@ class CompressedExport(CompressionCallback, Stage):
                 f"activations={self.files.activations!r} is a way to write ONNX, but formats={list(self.formats)}: "
                 "add 'onnx', or leave activations out"
             )
-        mode = _check_mode(mode, metric)
-        self.best = _best(export, mode, metric)
+        self.mode = mode = check_mode(mode, metric)
+        self.best = best_of(export, mode, metric)
         self.compressed = CompressedMetric(self.accuracy.label, mode)
         self._outcome = Outcome()
         self._dense: dict[str, Any] = {}
@@ -146,12 +148,17 @@ class CompressedExport(CompressionCallback, Stage):
         """See that there is what the files and the metric need."""
         self.accuracy.begin(session)
         precision = session.stage(MixedPrecision)
-        if "onnx" in self.formats and precision is not None and max(precision.bits) > max(self.files.onnx_bits):
+        widths = dict(precision.quantization.widths) if precision is not None else {}
+        widest = max([*precision.bits, *widths.values()]) if precision is not None else 0
+        if "onnx" in self.formats and precision is not None and widest > max(self.files.onnx_bits):
+            also = f" (widths={widths})" if widths else ""
             raise ValueError(
-                f"bits={precision.bits} asks for up to {max(precision.bits)} bits, but onnx_bits="
+                f"bits={precision.bits}{also} asks for up to {widest} bits, but onnx_bits="
                 f"{tuple(self.files.onnx_bits)} allows at most {max(self.files.onnx_bits)} in the ONNX file: leave the "
                 "larger bits out, or allow 8"
             )
+        if self.files.activations and precision is not None:
+            precision.check_integer_kernels(session)
         self._check_tracing(session)
         self.compressed.publish(session.trainer, None, progress=session.progress())
         if not self._dense:
@@ -179,7 +186,10 @@ class CompressedExport(CompressionCallback, Stage):
     def after_validation(self, session: Session) -> None:
         """Remember the named metric, publish that of the compressed model, and keep the best weights."""
         self.accuracy.after_validation(session)
-        value = self.accuracy.of_validation(session) if session.complete else None
+        value = self.accuracy.of_validation(session) if session.complete or session.budget is not None else None
+        for stage in session.stages:
+            stage.measured(session, value)
+        value = value if session.complete else None
         self.compressed.publish(session.trainer, value, progress=session.progress())
         if self.best is not None and value is not None and self.best.beaten_by(value):
             latent = session.averaging.latent_state()
@@ -206,7 +216,9 @@ class CompressedExport(CompressionCallback, Stage):
             if trainer.is_global_zero:
                 with self._weights(session):
                     self._round(session)
-                    report = self._write(session, directory, accuracy)
+                    with finished(session.module, self.files, set(session.latent.parameters)) as left:
+                        self._skip(session, left)
+                        report = self._write(session, directory, accuracy)
             int8 = self._int8_accuracy(session, report)
             if report is not None:
                 report = replace(report, int8_accuracy=int8)
@@ -232,11 +244,18 @@ class CompressedExport(CompressionCallback, Stage):
             path.write_bytes(content)
             return self.accuracy.measure(session, model=OnnxModule(path))
 
+    @property
+    def dense_accuracy(self) -> float | None:
+        """The metric when compression began."""
+        return self._dense.get("accuracy")
+
     def _round(self, session: Session) -> None:
         """What is not quantized becomes float16, in the module, so that files stay exact."""
-        if self.files.float16:
-            rounded = round_to_float16(session.module, set(session.latent.parameters))
-            session.skipped += [entry for entry in rounded if entry not in session.skipped]
+        self._skip(session, round_module(session.module, self.files, set(session.latent.parameters)))
+
+    def _skip(self, session: Session, left: Sequence[Skipped]) -> None:
+        """Name what stays as it is, once."""
+        session.skipped += [entry for entry in left if entry not in session.skipped]
 
     def _write(self, session: Session, directory: Path, accuracy: float | None) -> Report:
         """Files, picture and report of the weights that the module holds."""
@@ -263,6 +282,8 @@ class CompressedExport(CompressionCallback, Stage):
             positive_pruned=pruning.positives if pruning is not None else 0,
             halted=session.halted,
             history=session.history,
+            budget=session.budget.outcome if session.budget is not None else "",
+            path=session.budget.path if session.budget is not None else (),
             versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
         )
 
@@ -370,23 +391,3 @@ def check_writable(directory: Path) -> None:
         os.unlink(name)
     except OSError as error:
         raise ArtifactError(f"export_dir {directory} cannot be written ({error}): name another folder") from error
-
-
-def _check_mode(mode: str | None, metric: Metric | str | None) -> Mode | None:
-    """What is best, as the user says or else the metric itself; None where neither does."""
-    if mode not in (None, "max", "min"):
-        raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
-    higher = getattr(metric, "higher_is_better", None)
-    return mode or (None if higher is None else "max" if higher else "min")  # type: ignore[return-value]
-
-
-def _best(export: str, mode: Mode | None, metric: Metric | str | None) -> Best | None:
-    if export not in ("last", "best"):
-        raise ValueError(f"export must be 'last' or 'best', got {export!r}")
-    if export == "last":
-        return None
-    if metric is None:
-        raise ValueError("export='best' needs metric=: what best means")
-    if mode is None:
-        raise ValueError(f"export='best' needs mode='max' or 'min': {metric!r} does not tell which is better")
-    return Best(mode, metric if isinstance(metric, str) else type(metric).__name__)

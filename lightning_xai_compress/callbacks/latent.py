@@ -268,6 +268,10 @@ class LatentCopy:
         """Whether weights are on grids."""
         return bool(self.bits)
 
+    def values(self) -> dict[str, Tensor]:
+        """Float values of all compressible parameters: the latents of those that are on a grid."""
+        return {name: self._latents.get(name, parameter).detach() for name, parameter in self.parameters.items()}
+
     def mask(self) -> Mask:
         """The present mask over all compressible parameters."""
         return self.plan().mask
@@ -291,7 +295,7 @@ class LatentCopy:
             name: state["keep"].get(name, torch.ones_like(parameter, dtype=torch.bool))
             for name, parameter in self.parameters.items()
         }
-        sizes = {name: self.parameters[name][0].numel() for name in state["bits"]}
+        sizes = {name: self.parameters[name].numel() // len(bits) for name, bits in state["bits"].items()}
         allocation = BitAllocation(dict(state["bits"]), sizes) if sizes else None
         return CompressionPlan(Mask(keep), allocation, dict(state["scales"]), skipped, dict(provenance or {}))
 

@@ -23,12 +23,13 @@ def schedule_table(
         points |= dict(_thinned(stage.phases()))
     dense = dense_bytes(module)
     count = sum(parameter.numel() for parameter in weights.values())
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for batch, phase in sorted(points.items()):
         plans = [stage.planned(batch) for stage in stages]
         sparsity = next((plan.sparsity for plan in plans if plan.sparsity is not None), 0.0)
         bits = next((plan.bits for plan in plans if plan.bits is not None), None)
         guess = "~" if any(plan.open for plan in plans) else ""
+        budget = next((plan.budget for plan in plans if plan.budget), "")
         size = estimated_bytes(dense, count, sparsity, bits)
         rows.append(
             (
@@ -37,10 +38,13 @@ def schedule_table(
                 f"{guess}{sparsity:.1%}",
                 "32" if bits is None else f"{bits:g}",
                 f"~{size / 1000:,.1f} kB ({size / dense:.1%})",
+                budget,
             )
         )
-    rows.append((clock.label(clock.batches), "end", "", "", ""))
-    return table(("from epoch", "phase", "sparsity", "bits", "estimated size"), rows)
+    rows.append((clock.label(clock.batches), "end", "", "", "", ""))
+    if not any(row[-1] for row in rows):
+        rows = [row[:-1] for row in rows]
+    return table(("from epoch", "phase", "sparsity", "bits", "estimated size", "budget")[: len(rows[0])], rows)
 
 
 def _thinned(points: list[tuple[int, str]], most: int = 6) -> list[tuple[int, str]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.calibration import calibration_batches
@@ -14,49 +17,106 @@ from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Planned, Stage
-from lightning_xai_compress.checks import check_names
+from lightning_xai_compress.checks import check_names, check_number
+from lightning_xai_compress.errors import RelevanceError
+from lightning_xai_compress.formats import entropy_price
 from lightning_xai_compress.plan import ScoreMap
-from lightning_xai_compress.quantization import FakeActivations, allocate_bits, check_bits, quantizable
+from lightning_xai_compress.quantization import (
+    Allocated,
+    BitsPer,
+    FakeActivations,
+    Strategy,
+    WidthCosts,
+    allocate_bits,
+    check_bits,
+    check_widths,
+    fixed_widths,
+    measure_widths,
+    quantizable,
+    row_count,
+)
 
-__all__ = ["MixedPrecision", "Quantization"]
+__all__ = ["MixedPrecision", "Quantization", "Sensitivity"]
 
+Sensitivity = Literal["relevance", "fisher", "error"]
+
+_AVERAGE_BITS = 4.0
 _RANGE_SAMPLES = 256
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How quantized training is done.
+    """Who gets how many bits, and how quantized training is done; docs/quantization.md says more.
 
     Args:
         activations: "int8": layers also read activations of 8 bits from the start of quantized training, as an ONNX
             file with `Files(activations="int8")` will compute; their ranges are measured at that moment and at the
             start of every epoch. None: floats. The packed file and `pt2` compute with floats either way.
+        strategy: "knapsack": the least error, weighted by sensitivity, that the budget allows. "ranked": tiers, as
+            the paper words it: whoever has more relevance a weight gets no fewer bits.
+        bits_per: What has a width of its own: "layer", "channel" (output channel), or "group" of input channels in
+            one, which has a scale of its own, too.
+        group_size: Input channels of a group, >= 1; for "group" alone. Weights whose input channels it does not
+            divide keep one group a channel.
+        sensitivity: What a unit of squared error costs: "relevance" (mean square of R / w, by the criterion of the
+            fit), "fisher" (mean square of the gradient of a sample, for which one more pass is made) or "error" (the
+            same for all weights; no pass is made).
+        widths: Layers that have no choice: shell-style patterns of layer or parameter names, each with a width in
+            2..8, which need not be among `bits`; the first match wins. They count in the budget.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: A setting out of range, or settings that contradict each other.
     """
 
     activations: Literal["int8"] | None = None
+    strategy: Strategy = "knapsack"
+    bits_per: BitsPer = "channel"
+    group_size: int | None = None
+    sensitivity: Sensitivity = "relevance"
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.activations not in (None, "int8"):
             raise ValueError(f"activations must be None or 'int8', got {self.activations!r}")
+        if self.strategy not in ("knapsack", "ranked"):
+            raise ValueError(f"strategy must be 'knapsack' or 'ranked', got {self.strategy!r}")
+        if self.bits_per not in ("layer", "channel", "group"):
+            raise ValueError(f"bits_per must be 'layer', 'channel' or 'group', got {self.bits_per!r}")
+        if self.sensitivity not in ("relevance", "fisher", "error"):
+            raise ValueError(f"sensitivity must be 'relevance', 'fisher' or 'error', got {self.sensitivity!r}")
+        if self.strategy == "ranked" and self.sensitivity == "error":
+            raise ValueError("strategy='ranked' ranks by relevance, which sensitivity='error' does without: drop one")
+        if (self.bits_per == "group") != (self.group_size is not None):
+            raise ValueError(
+                f"bits_per='group' needs a group_size, and nothing else has one: got bits_per={self.bits_per!r} and "
+                f"group_size={self.group_size!r}"
+            )
+        if self.group_size is not None and check_number("group_size", self.group_size, whole=True) < 1:
+            raise ValueError(f"group_size must be >= 1, got {self.group_size}")
+        if self.bits_per == "group" and self.activations:
+            raise ValueError(
+                "activations='int8' trains for integer kernels, which take one scale an output channel, but "
+                "bits_per='group' gives it several: use bits_per='channel', or leave activations out"
+            )
+        check_widths(self.widths)
 
 
 class MixedPrecision(CompressionCallback, Stage):
-    """Quantize with more bits for more relevance, per output channel, and train on the quantized values from then on.
+    """Quantize with more bits for more relevance, and train on the quantized values from then on.
 
     Without `RelevanceScoring` it scores for itself.
 
     Args:
-        average_bits: Mean width over all compressible weights, pruned ones included.
+        average_bits: Mean width over all compressible weights, pruned ones included; None: 4 (or the nearest that
+            `bits` allow), unless a budget decides.
         bits: Widths to choose from, each in 2..8.
         start: When quantized training begins: epochs (whole number), a share of the fit, or steps ("1500 steps").
         exclude: Shell-style patterns of layers to leave alone.
-        quantization: Whether activations are quantized, too.
+        quantization: Who gets how many bits, and whether activations are quantized, too.
 
     Raises:
-        ValueError: A setting out of range; (in fit) a start past its end.
+        ValueError: A setting out of range; (in fit, before training) a start past its end, a pattern or a group size
+            that fits no layer, widths that must be and exceed the budget.
     """
 
     rank: ClassVar[int] = 2
@@ -65,26 +125,32 @@ class MixedPrecision(CompressionCallback, Stage):
     def __init__(
         self,
         *,
-        average_bits: float = 4.0,
+        average_bits: float | None = None,
         bits: Sequence[int] = (2, 3, 4, 6, 8),
         start: Moment = 0.6,
         exclude: Sequence[str] = (),
         quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
-        self.bits = check_bits(bits, average_bits)
-        self.average_bits = average_bits
+        self.quantization = quantization or Quantization()
+        self.bits = check_bits(bits, average_bits, self.quantization.widths.values())
+        self.given_bits = average_bits
+        self.average_bits = (
+            min(max(_AVERAGE_BITS, self.bits[0]), self.bits[-1]) if average_bits is None else average_bits
+        )
         self.start = check_moment("start of quantization", start)
         self.exclude = check_names("exclude", exclude)
-        self.quantization = quantization or Quantization()
         self.activations: FakeActivations | None = None
         self._ranges: dict[str, tuple[float, float]] = {}
+        self._budget: Any = None
+        self._fisher: tuple[ScoreMap | None, ScoreMap] | None = None  # beside the scores that it goes with
         self.position = 0
+        self._led = False
         self._done = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For `ddp_spawn`: without the hooks on the layers of an earlier fit."""
-        return {**super().__getstate__(), "activations": None}
+        return {**super().__getstate__(), "activations": None, "_budget": None}
 
     def stages(self) -> list[Stage]:
         """This one."""
@@ -92,14 +158,30 @@ class MixedPrecision(CompressionCallback, Stage):
 
     def begin(self, session: Session) -> None:
         """Find the batch at which it begins."""
-        self.position = session.clock.check("start of quantization", self.start)
+        self.position, self._led = session.clock.check("start of quantization", self.start), session.led
+        self._budget = session.budget
         if self.quantization.activations:
             self.activations = FakeActivations(quantizable(session.module, session.latent.parameters))
             self.activations.ranges = dict(self._ranges)
 
+    def check_integer_kernels(self, session: Session) -> None:
+        """Say which layers an ONNX file with 8-bit activations computes with floats; refuse where that is all."""
+        group, weights = self.quantization.group_size, session.latent.parameters
+        grouped = [name for name, weight in weights.items() if row_count(weight, group) > len(weight)]
+        if not grouped:
+            return
+        text = (
+            f"group_size={group}: integer kernels take one scale an output channel, so that an ONNX file with 8-bit "
+            f"activations computes with floats in {', '.join(grouped[:4])}"
+            + (f" and {len(grouped) - 4} more" if len(grouped) > 4 else "")
+        )
+        if len(grouped) == len(weights):
+            raise ValueError(f"{text}, which is all: use bits_per='channel', or Files without activations")
+        rank_zero_warn(text)
+
     def phases(self) -> list[tuple[int, str]]:
         """Where quantized training begins."""
-        return [(self.position, "quantized training")]
+        return [] if self._led else [(self.position, "quantized training")]
 
     def planned(self, batch: int) -> Planned:
         """The budget, once it begins."""
@@ -107,32 +189,111 @@ class MixedPrecision(CompressionCallback, Stage):
 
     def advance(self, session: Session, batch: int) -> None:
         """Allocate bits once, at the start of the phase; measure ranges then and at every epoch."""
-        if self._done or batch < self.position:
-            if self._done and session.epoch_begins:
-                self._measure_ranges(session)
+        if self._done or self._led or batch < self.position:
+            if session.epoch_begins:
+                self.measure_ranges(session)
             return
         session.start(batch)
-        scoring = session.stage(RelevanceScoring)
-        chosen = scoring is not None and scoring.relevance_epochs is not None
-        scores = session.scores if chosen and session.scores is not None else session.rescore(batch)
+        found = self._allocated_now(session, batch)
         self._done = True
-        if scores is None:
+        if found is None:
             session.record("not quantized", batch, "not quantized: there is no finite relevance to allocate bits by")
             return
-        weights = {name: parameter.detach() for name, parameter in session.latent.parameters.items()}
-        allocation, scales = allocate_bits(weights, scores, average_bits=self.average_bits, bits=self.bits)
-        session.latent.apply_bits(allocation, scales)
-        channels = Counter(int(width) for tensor in allocation.bits.values() for width in tensor)
-        spread = ", ".join(f"{count} at {width}" for width, count in sorted(channels.items()))
+        session.latent.apply_bits(found.allocation, found.scales)
+        rows = Counter(int(width) for tensor in found.allocation.bits.values() for width in tensor)
+        spread = ", ".join(f"{count} at {width}" for width, count in sorted(rows.items()))
+        average = found.allocation.average_bits
         session.record(
             "quantized",
             batch,
-            f"quantized to {allocation.average_bits:.2f} bits on average (channels: {spread})",
-            average_bits=allocation.average_bits,
+            f"quantized to {average:.2f} bits on average ({'groups' if self.quantization.group_size else 'channels'}: "
+            f"{spread}); another choice could save at most {found.gap:.2%} of the weighted error",
+            average_bits=average,
+            gap=found.gap,
         )
-        self._measure_ranges(session)
+        self.measure_ranges(session)
 
-    def _measure_ranges(self, session: Session) -> None:
+    def _allocated_now(self, session: Session, batch: int) -> Allocated | None:
+        """Widths for the present weights; None, and a halt, where there is no finite sensitivity."""
+        scores = None
+        if self._uses_scores(session):
+            scoring = session.stage(RelevanceScoring)
+            chosen = scoring is not None and scoring.relevance_epochs is not None
+            scores = session.scores if chosen and session.scores is not None else session.rescore(batch)
+            if scores is None:
+                return None
+        try:
+            if session.budget is not None:
+                scores = scores or session.rescore(batch)
+                return None if scores is None else session.budget.quantized(session, scores)
+            weights = {name: parameter.detach() for name, parameter in session.latent.parameters.items()}
+            return self.choose(session, scores, weights, self.average_bits)
+        except RelevanceError as error:
+            session.halt(f"weights could not be scored for their widths: {error}")
+            return None
+        finally:
+            self._fisher = None
+
+    def choose(
+        self, session: Session, scores: ScoreMap | None, weights: Mapping[str, Tensor], average_bits: float
+    ) -> Allocated:
+        """Widths by the settings of this stage, for any weights and budget.
+
+        Args:
+            session: Of the fit.
+            scores: By the criterion of the fit; not used where the sensitivity has another source.
+            weights: Masked ones, by parameter name.
+            average_bits: Mean width over all of them.
+
+        Raises:
+            RelevanceError: The pass for sensitivity="fisher" failed.
+        """
+        settings = self.quantization
+        return allocate_bits(
+            weights,
+            self._sensitivity(session, scores),
+            average_bits=average_bits,
+            bits=self.bits,
+            strategy=settings.strategy,
+            bits_per=settings.bits_per,
+            group_size=settings.group_size,
+            widths=settings.widths,
+        )
+
+    def measure(self, session: Session, scores: ScoreMap | None, weights: Mapping[str, Tensor]) -> WidthCosts:
+        """What every width costs, in error and in entropy-coded bits, by the settings of this stage."""
+        settings = self.quantization
+        return measure_widths(
+            weights,
+            self._sensitivity(session, scores),
+            bits=self.bits,
+            bits_per=settings.bits_per,
+            group_size=settings.group_size,
+            widths=settings.widths,
+            price=entropy_price,
+        )
+
+    def _uses_scores(self, session: Session) -> bool:
+        """Whether the scores of the fit are the sensitivity; the Fisher information is that of the margin alone."""
+        fisher = session.scorer.criterion == "fisher" and session.scorer.settings.explain == "margin"
+        return self.quantization.sensitivity == "relevance" or (self.quantization.sensitivity == "fisher" and fisher)
+
+    def _sensitivity(self, session: Session, scores: ScoreMap | None) -> ScoreMap | None:
+        """What weighs errors; the pass for the Fisher information is made once for the same scores."""
+        if self.quantization.sensitivity == "error":
+            return None
+        if self._uses_scores(session):
+            return scores
+        if self._fisher is None or self._fisher[0] is not scores:
+            batch = session.position(max(session.trainer.fit_loop.epoch_loop.batch_idx, 0))
+            with session.batchnorm.fresh() if session.fresh_batchnorm else nullcontext():
+                found = session.scorer.training_samples(batch, criterion="fisher", explain="margin")
+            if not any(bool((each > 0).any()) for each in found.sensitivity.values()):
+                raise RelevanceError("the Fisher information is zero everywhere")
+            self._fisher = (scores, found)
+        return self._fisher[1]
+
+    def measure_ranges(self, session: Session) -> None:
         """Ranges of what the layers read, on training samples."""
         if self.activations is not None and session.latent.quantized:
             batches = calibration_batches(
@@ -157,20 +318,33 @@ class MixedPrecision(CompressionCallback, Stage):
         self.close()
 
     def check_scores(self, scores: ScoreMap) -> None:
-        """Layers of unknown relevance take the largest width; the budget must leave room for the others."""
-        sizes = {name: tensor.numel() for name, tensor in scores.score.items()}
-        forced = sum(size * self.bits[-1 if name in scores.unknown else 0] for name, size in sizes.items())
-        if forced > self.average_bits * sum(sizes.values()) * (1 + 1e-9):
+        """Unknown layers take the largest width and some have theirs fixed: there must be room for the others."""
+        settings = self.quantization
+        fixed = fixed_widths(scores.score, settings.widths)
+        group = settings.group_size
+        if group is not None and all(row_count(each, group) == len(each) for each in scores.score.values()):
+            inputs = sorted({each.shape[1] for each in scores.score.values()})
             raise ValueError(
-                f"average_bits={self.average_bits} cannot be met: relevance does not reach "
-                f"{', '.join(scores.unknown[:4])}, which keep {self.bits[-1]} bits; that alone makes the mean "
+                f"group_size={group} divides the input channels of no weight into groups: they have {inputs[:8]}; "
+                "choose a divisor of them, or bits_per='channel'"
+            )
+        unknown = [] if settings.sensitivity == "error" else [name for name in scores.unknown if name not in fixed]
+        sizes = {name: tensor.numel() for name, tensor in scores.score.items()}
+        forced = sum(size * fixed.get(name, self.bits[-1 if name in unknown else 0]) for name, size in sizes.items())
+        if self._budget is None and forced > self.average_bits * sum(sizes.values()) * (1 + 1e-9):
+            reasons = [f"relevance does not reach {', '.join(unknown[:4])}, which keep {self.bits[-1]} bits"]
+            held = ", ".join(f"{name} at {width}" for name, width in [*fixed.items()][:4])
+            reasons = [*(reasons if unknown else []), *([f"widths fix {held} bits"] if fixed else [])]
+            raise ValueError(
+                f"average_bits={self.average_bits} cannot be met: {' and '.join(reasons)}; that alone makes the mean "
                 f"{forced / sum(sizes.values()):.2f}. Raise average_bits, or exclude those layers"
+                f"{', or fix smaller widths' if fixed else ''}"
             )
 
     @property
     def complete(self) -> bool:
         """Whether the weights are on their grids."""
-        return self._done
+        return self._done or self._led
 
     def state(self) -> dict[str, Any]:
         """Whether it has begun."""

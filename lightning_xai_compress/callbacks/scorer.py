@@ -80,8 +80,14 @@ class Scorer:
                 on_batch=on_batch,
             )
 
-    def training_samples(self, batch: int) -> ScoreMap:
+    def training_samples(
+        self, batch: int, *, criterion: str | Criterion | None = None, explain: Explain | None = None
+    ) -> ScoreMap:
         """Score training samples, which the number of a batch chooses; shared out over the processes.
+
+        Args:
+            batch: Of the fit.
+            criterion, explain: Others than those of this fit.
 
         Raises:
             RelevanceError: On all processes, whichever met it.
@@ -89,16 +95,24 @@ class Scorer:
         samples = self.settings.samples
         seed = self.settings.seed * 1_000_003 + batch
         # what adds up over samples is shared out; all else every process does alike
-        shared = isinstance(self.criterion, str) and self.criterion in SUMMED
+        criterion = self.criterion if criterion is None else criterion
+        shared = isinstance(criterion, str) and criterion in SUMMED
         shard = (self._processes.rank, self._processes.world) if shared else (0, 1)
         total = max(1, -(-samples // (training_batch_size(self._trainer) * shard[1])))
         self._processes.share_buffers(self._module)  # scores are made in evaluation mode
         with progress(self._trainer, "relevance", total) as advance:
             batches = calibration_batches(self._trainer, samples=samples, seed=seed, shard=shard)
             if shard[1] > 1:
-                return self.score(batches, seed=seed, processes=self._processes, on_batch=advance)
+                return self.score(
+                    batches,
+                    seed=seed,
+                    criterion=criterion,
+                    explain=explain,
+                    processes=self._processes,
+                    on_batch=advance,
+                )
             with self._processes.together():
-                scores = self.score(batches, seed=seed, on_batch=advance)
+                scores = self.score(batches, seed=seed, criterion=criterion, explain=explain, on_batch=advance)
             return self._processes.alike(scores)
 
     def probe(self) -> ScoreMap:

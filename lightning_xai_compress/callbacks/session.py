@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_xai_compress.callbacks.averaging import Averaging
 from lightning_xai_compress.callbacks.batchnorm import RunningStatistics
-from lightning_xai_compress.callbacks.calibration import forward, set_epoch
+from lightning_xai_compress.callbacks.calibration import set_epoch
 from lightning_xai_compress.callbacks.clock import clock_of, epochs_done, position_of
 from lightning_xai_compress.callbacks.latent import LatentCopy
 from lightning_xai_compress.callbacks.logs import Logs
@@ -28,7 +29,7 @@ from lightning_xai_compress.criteria import criterion_name
 from lightning_xai_compress.errors import NonFiniteError, RelevanceError
 from lightning_xai_compress.layers import find_layers
 from lightning_xai_compress.plan import ScoreMap, Skipped
-from lightning_xai_compress.relevance import evaluation
+from lightning_xai_compress.relevance import evaluation, forward
 
 __all__ = ["Session"]
 
@@ -58,6 +59,7 @@ class Session:
         self.scorer = Scorer(trainer, module, self.processes, self.stages, layers.names)
         self.keeps_scores = False  # in checkpoints, for a later use
         self.holds_scores = False  # else they go once they are used: three or more copies of the weights
+        self.fresh_batchnorm = False  # for scores: those of training lag behind weights that were just pruned
         self.scores: ScoreMap | None = None
         self.history: list[dict[str, Any]] = []
         self.logs = Logs()
@@ -152,9 +154,30 @@ class Session:
         """The stage of a class, or None."""
         return next((stage for stage in self.stages if isinstance(stage, kind)), None)
 
+    @property
+    def budget(self) -> Any:
+        """The stage that decides about sparsity and bits, `Budget`; None where the user does."""
+        return next((stage for stage in self.stages if stage.is_budget), None)
+
+    @property
+    def led(self) -> bool:
+        """Whether that stage decides alone, and pruning and precision only lend it their settings."""
+        return self.budget is not None and bool(self.budget.leads)
+
     def position(self, batch_idx: int) -> int:
         """Batches since the start of the fit, as its clock counts them."""
         return position_of(self.clock, self.trainer, batch_idx)
+
+    @property
+    def batch(self) -> int:
+        """Batches since the start of the fit, as its clock counts them."""
+        return self.position(self.trainer.fit_loop.epoch_loop.batch_idx)
+
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether the batch that trains now is the last one before the epoch's validation, or of the fit."""
+        loop = self.trainer.fit_loop.epoch_loop
+        return loop.batch_progress.is_last_batch or self.trainer.global_step == self.trainer.max_steps
 
     def epoch(self) -> float:
         """Epochs done when the batch that trains now began."""
@@ -178,7 +201,8 @@ class Session:
     def rescore(self, batch: int) -> ScoreMap | None:
         """Score all layers on training samples; None, and a halt, where relevance is not finite or nowhere."""
         try:
-            scores = self.scorer.training_samples(batch)
+            with self.batchnorm.fresh() if self.fresh_batchnorm else nullcontext():
+                scores = self.scorer.training_samples(batch)
         except NonFiniteError as error:
             self.halt(f"relevance is not finite: {error}")
             return None
@@ -249,6 +273,8 @@ class Session:
     def after_batch(self, outputs: Any) -> None:
         """Close what a skipped step left open; a gradient scaler hides a loss that is not finite, so look at it."""
         self.latent.settle()
+        for stage in self.stages:
+            stage.after_batch(self)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and not torch.isfinite(loss).all():
             self._not_finite(f"loss is not finite before step {self.trainer.global_step}")
@@ -310,6 +336,8 @@ class Session:
                 "score": dict(self.scores.score),
                 "relevance": dict(self.scores.relevance),
                 "sensitivity": dict(self.scores.sensitivity),
+                "standard_error": dict(self.scores.standard_error),
+                "batches": self.scores.batches,
                 "samples": self.scores.samples,
                 "signed": self.scores.signed,
             }

@@ -78,11 +78,13 @@ class Planned:
         sparsity: Share of zeros; None where the stage has no say.
         bits: Mean width; None where the stage has no say, or weights are not quantized yet.
         open: Whether the sparsity is a guess, since the non-positive set decides.
+        budget: What decides both, in words; the numbers are then guesses.
     """
 
     sparsity: float | None = None
     bits: float | None = None
     open: bool = False
+    budget: str = ""
 
 
 class Stage(ABC):
@@ -90,6 +92,7 @@ class Stage(ABC):
 
     rank: ClassVar[int]
     needs_scores: ClassVar[bool] = False
+    is_budget: ClassVar[bool] = False
     exclude: tuple[str, ...] = ()
 
     def check_settings(self, trainer: Trainer) -> None:  # noqa: B027
@@ -131,6 +134,12 @@ class Stage(ABC):
 
     def after_validation(self, session: Session) -> None:  # noqa: B027
         """A validation of this fit is over; its metrics are in `trainer.callback_metrics`."""
+
+    def measured(self, session: Session, value: float | None) -> None:  # noqa: B027
+        """A validation is over, and this is what it measured; None where the metric is unknown."""
+
+    def after_batch(self, session: Session) -> None:  # noqa: B027
+        """A training batch and its step, if it had one, are over."""
 
     def after_epoch(self, session: Session) -> None:  # noqa: B027
         """An epoch of training, and its validation, are over."""

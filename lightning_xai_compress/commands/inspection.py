@@ -32,7 +32,7 @@ def _summary(contents: Contents) -> dict[str, Any]:
     quantized = [each for each in distinct if each.bits]
     weights = sum(each.values.numel() for each in quantized)
     bits = sum(
-        width * rows * (each.values.numel() // max(1, len(each.values)))
+        width * rows * (each.values.numel() // max(1, sum(each.bits.values())))
         for each in quantized
         for width, rows in each.bits.items()
     )
@@ -82,7 +82,7 @@ def _text(summary: dict[str, Any]) -> str:
             )
             for each in summary["layers"]
         ]
-        parts.append(table(("layer", "shape", "sparsity", "bits: channels", "bytes"), rows))
+        parts.append(table(("layer", "shape", "sparsity", "bits: rows", "bytes"), rows))
     if summary["not_quantized"]:
         floats: Sequence[Sequence[str]] = [
             (each["name"], _shape(each), each["dtype"], f"{each['sparsity']:.1%}", f"{each['bytes']:,}")

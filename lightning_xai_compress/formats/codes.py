@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_xai_compress.errors import ArtifactError
+from lightning_xai_compress.plan import by_rows
 
 __all__ = ["integer_codes", "pack_codes", "storage_width", "unpack_codes"]
 
@@ -38,8 +39,8 @@ def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Ten
     Args:
         name: Parameter name, for the error.
         weight: Weight, one channel per index of the first dimension.
-        scale: Step of each channel, shape [channels], >= 0; codes of a channel of step 0 are 0.
-        bits: Width of each channel, shape [channels].
+        scale: Step of each row, shape [rows], >= 0; codes of a row of step 0 are 0.
+        bits: Width of each row, shape [rows]; see `plan.by_rows`.
 
     Returns:
         int8 tensor in the shape of the weight, on the CPU.
@@ -48,24 +49,35 @@ def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Ten
         ArtifactError: Shapes do not fit, or a weight is not a code within +-(2^(bits-1) - 1) times its scale.
     """
     weight, scale, bits = weight.detach().cpu(), scale.detach().cpu().float(), bits.detach().cpu().long()
-    channels = weight.shape[0] if weight.dim() else 0
-    if scale.shape != (channels,) or bits.shape != (channels,):
-        raise ArtifactError(
-            f"{name} has {channels} output channels, but {tuple(scale.shape)} scales and {tuple(bits.shape)} bit "
-            "widths; save the model that the plan is of"
-        )
-    step = scale.double().reshape(-1, *[1] * (weight.dim() - 1))
-    codes = torch.where(step > 0, (weight.double() / step.where(step > 0, 1.0)).round(), 0.0)
+    rows = _rows(name, weight, scale, bits)
+    step = scale.double().reshape(-1, *[1] * (rows.dim() - 1))
+    codes = torch.where(step > 0, (rows.double() / step.where(step > 0, 1.0)).round(), 0.0)
     limit = (2 ** (bits - 1) - 1).double().reshape(step.shape)
-    off = ((codes * step).to(weight.dtype) != weight) | (codes.abs() > limit)
+    off = ((codes * step).to(weight.dtype) != rows) | (codes.abs() > limit)
     if off.any():
-        channel = int(off.flatten(1).any(dim=1).nonzero()[0])
+        row = int(off.flatten(1).any(dim=1).nonzero()[0])
+        channel, group = divmod(row, len(rows) // len(weight))
+        where = f"channel {channel}" if len(rows) == len(weight) else f"channel {channel}, group {group}"
         raise ArtifactError(
-            f"{name} does not lie on its grid: {int(off.sum())} of {off.numel()} weights are off, the first in channel "
-            f"{channel} (scale {scale[channel].item():.6g}, {int(bits[channel])} bits). "
+            f"{name} does not lie on its grid: {int(off.sum())} of {off.numel()} weights are off, the first in "
+            f"{where} (scale {scale[row].item():.6g}, {int(bits[row])} bits). "
             "Write the quantized values that the plan describes into the model, then save it"
         )
-    return codes.to(torch.int8)
+    return codes.to(torch.int8).reshape(weight.shape)
+
+
+def _rows(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
+    try:
+        if weight.dim() and bits.dim() == 1 and scale.shape == bits.shape:
+            return by_rows(weight, len(bits))
+        reason = ""
+    except ValueError as error:
+        reason = f" ({error})"
+    channels = weight.shape[0] if weight.dim() else 0
+    raise ArtifactError(
+        f"{name} has {channels} output channels, but {tuple(scale.shape)} scales and {tuple(bits.shape)} bit "
+        f"widths{reason}; save the model that the plan is of"
+    )
 
 
 def pack_codes(codes: Tensor, width: int) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lightning_xai_compress.errors import ArtifactError
 
 __all__ = [
-    "VERSION",
+    "VERSIONS",
     "Bytes",
     "Container",
     "inflate",
@@ -30,7 +30,9 @@ __all__ = [
 
 Bytes = NDArray[np.uint8]
 
-VERSION = 1
+VERSIONS = (1, 2)
+"""Versions of the format that are read. Files are of version 1, unless they hold groups of input channels."""
+
 _FORMAT = "lightning-xai-compress"
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "stream": ("U32", np.dtype("<u4")),
@@ -54,12 +56,14 @@ class Container:
         source: What to call it in errors.
         size: Bytes of the file.
         places: First byte of each part, and its length in bytes.
+        version: Of the format.
     """
 
     file: BinaryIO
     source: str
     size: int
     places: Mapping[str, tuple[int, int]]
+    version: int
 
     def read(self, part: str, start: int = 0, length: int | None = None) -> bytes:
         """Read some bytes of a part, or all of it.
@@ -78,14 +82,14 @@ class Container:
         return data
 
 
-def write_container(parts: Mapping[str, NDArray[Any]]) -> bytes:
+def write_container(parts: Mapping[str, NDArray[Any]], *, version: int = 1) -> bytes:
     """Put the three parts into a safetensors file whose metadata holds format, version and a digest.
 
     Written by hand because `safetensors.save` orders metadata at random. The digest is the SHA-256 of the whole file
     with 64 zeros in its place.
     """
     header: dict[str, Any] = {
-        "__metadata__": {"format": _FORMAT, "version": str(VERSION), "sha256": _NO_DIGEST.decode()}
+        "__metadata__": {"format": _FORMAT, "version": str(version), "sha256": _NO_DIGEST.decode()}
     }
     offset = 0
     for name, (label, _) in _DTYPES.items():
@@ -120,14 +124,16 @@ def open_container(path: str | Path) -> Iterator[Container]:
                 f"{source} is not a packed file: expected format {_FORMAT!r} in its metadata, "
                 f"got {_short(metadata.get('format', 'none'))}; {_PLAIN}"
             )
-        if metadata.get("version") != str(VERSION):
+        version = next((each for each in VERSIONS if metadata.get("version") == str(each)), None)
+        if version is None:
             raise ArtifactError(
                 f"{source} was written by version {_short(metadata.get('version'))} of the format, this package reads "
-                f"{VERSION}: install the release of lightning-xai-compress that wrote it, or export the model again"
+                f"{' and '.join(map(str, VERSIONS))}: install the release of lightning-xai-compress that wrote it, or "
+                "export the model again"
             )
         places = _places(header, 8 + len(text), before.st_size, source)
         _check_digest(file, length + text, str(metadata.get("sha256")), source)
-        yield Container(file, source, before.st_size, places)
+        yield Container(file, source, before.st_size, places, version)
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise ArtifactError(f"{source} was changed while it was read: read it again when it is complete")

@@ -1,6 +1,6 @@
-"""Which channels of a model share a table of frequencies, and the tables.
+"""Which rows of a model share a table of frequencies, and the tables.
 
-A context is a bit width and a table. Channels ("rows") of all layers that look alike share one: they are grouped as in
+A context is a bit width and a table. Rows of all layers that look alike share one: they are grouped as in
 k-means, with the bits that a row takes under a table as the distance, and in the number of groups that makes codes,
 tables and group labels together shortest.
 
@@ -11,6 +11,7 @@ octave. Frequencies are integers below 2^53 in float64, so that encoder and deco
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ __all__ = [
     "level_count",
     "lowest",
     "plan_contexts",
+    "row_histograms",
+    "table_bits",
 ]
 
 Ints = NDArray[np.int64]
@@ -49,6 +52,7 @@ def lowest(width: int) -> int:
     return 0 if width == BITMAP else 1 - (1 << (width - 1))
 
 
+@cache
 def _bins(width: int, mode: int) -> Ints:
     """Which level each symbol of a width uses, int64 of shape [symbols], counted from 0 in the order of the symbols."""
     if width == BITMAP:
@@ -62,6 +66,7 @@ def _bins(width: int, mode: int) -> Ints:
         key = 1 << 16 if abs(value) == top else (shift << 9) + (abs(value) >> shift)
         keys.append(-key if signed and value < 0 else key)
     inverse: Ints = np.unique(keys, return_inverse=True)[1].astype(np.int64)
+    inverse.setflags(write=False)  # it is kept
     return inverse
 
 
@@ -95,6 +100,12 @@ def costs(frequency: Floats) -> Floats:
     return rounded
 
 
+def table_bits(levels: Ints) -> float:
+    """About what a table takes, in whole bits."""
+    steps = np.abs(np.diff(levels, prepend=LEVELS - 1))
+    return float(np.rint((2 + 2 * np.log2(1 + np.minimum(steps, LEVELS - steps))).sum()))
+
+
 def plan_contexts(
     blocks: Sequence[tuple[NDArray[np.int8], NDArray[np.uint8]]],
 ) -> tuple[list[tuple[int, int]], list[Ints], list[Ints]]:
@@ -107,7 +118,7 @@ def plan_contexts(
         rows = np.flatnonzero(widths == width)
         if not len(rows):
             continue
-        histograms = np.concatenate([_histograms(values[own == width], width) for values, own in blocks])
+        histograms = np.concatenate([row_histograms(values[own == width], width) for values, own in blocks])
         chosen = _group(histograms, width)
         labels[rows] = chosen + len(contexts)
         for label in range(int(chosen.max()) + 1):
@@ -118,7 +129,8 @@ def plan_contexts(
     return contexts, tables, np.split(labels, ends[:-1]) if blocks else []
 
 
-def _histograms(values: NDArray[np.int8], width: int) -> Floats:
+def row_histograms(values: NDArray[np.int8], width: int) -> Floats:
+    """Count the symbols of each row, shape [rows, symbols]."""
     symbols = 2 if width == BITMAP else (1 << width) - 1
     counts = np.zeros((len(values), symbols))
     for row, count in zip(values, counts, strict=True):
@@ -131,9 +143,7 @@ def _table(histogram: Floats, width: int) -> tuple[int, Ints, float]:
     best: tuple[int, Ints, float] | None = None
     for mode in range(1 if width == BITMAP else len(MODES)):
         levels = _levels(histogram, width, mode)
-        steps = np.abs(np.diff(levels, prepend=LEVELS - 1))
-        about = float((2 + 2 * np.log2(1 + np.minimum(steps, LEVELS - steps))).sum())
-        bits = float(histogram @ costs(frequencies(levels, width, mode))) + np.rint(about)
+        bits = float(histogram @ costs(frequencies(levels, width, mode))) + table_bits(levels)
         if best is None or bits < best[2]:
             best = (mode, levels, bits)
     assert best is not None

@@ -1,8 +1,8 @@
 """Small integers in and out of one ANS stream, close to their entropy (or below it, where channels differ).
 
-Every row (output channel) of every block belongs to one context (see `contexts`): a bit width and a table of
-frequencies. What is short and has no table (the tables themselves, which context a row has, the scales) is coded
-adaptively: encoder and decoder count the symbols seen so far. docs/packed-format.md gives the layout.
+Every row of every block belongs to one context (see `contexts`): a bit width and a table of frequencies. What is short
+and has no table (the tables themselves, which context a row has, the scales) is coded adaptively: encoder and decoder
+count the symbols seen so far. docs/packed-format.md gives the layout.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ class Entry:
         kind: How it is stored.
         alias: Position of an earlier key that shares its tensor.
         half: Whether its numbers in `rest` are float16, which holds them exactly.
+        groups: Of input channels in each output channel, each with a width and a scale of its own.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Entry:
     kind: int = RAW
     alias: int | None = None
     half: bool = False
+    groups: int = 1
 
     @property
     def numel(self) -> int:
@@ -90,9 +92,14 @@ class Entry:
         return torch.float16 if self.half else self.dtype
 
     @property
+    def rows(self) -> int:
+        """Number of rows in the stream."""
+        return self.shape[0] * self.groups
+
+    @property
     def block(self) -> tuple[int, int, bool]:
         """Rows, columns and whether there are scales."""
-        return self.shape[0], self.numel // self.shape[0], self.kind == CODES
+        return self.rows, self.numel // self.rows, self.kind == CODES
 
 
 def chunks(counts: Sequence[tuple[Entry, int]]) -> Iterator[tuple[int, list[tuple[Entry, int, int]]]]:
@@ -194,7 +201,7 @@ def check_unfolded(entries: Sequence[Entry], size: int, source: str) -> None:
     stored = [entry for entry in entries if entry.alias is None]
     needed = {
         "bytes of tensors": sum(entry.numel * entry.dtype.itemsize for entry in stored),
-        "rows of coded tensors": sum(entry.shape[0] for entry in stored if entry.kind != RAW),
+        "rows of coded tensors": sum(entry.rows for entry in stored if entry.kind != RAW),
     }
     allowed = max(_BYTES, _BYTES_EACH * size), max(_ROWS, _ROWS_EACH * size)
     for (what, count), most in zip(needed.items(), allowed, strict=True):

@@ -95,7 +95,7 @@ def open_packed(path: str | Path) -> Iterator[PackedFile]:
     with open_container(path) as container:
         with reading(container.source):
             index = read_json(container.read("index"))
-            entries = _read_entries(index["tensors"])
+            entries = _read_entries(index["tensors"], container.version)
         check_unfolded(entries, container.size, container.source)
         yield PackedFile(container, index, entries)
 
@@ -231,7 +231,7 @@ def _numbers(entry: Entry, stored: Bytes) -> Bytes:
     return raw_bytes(torch.from_numpy(np.ascontiguousarray(stored)).view(torch.float16).to(entry.dtype))
 
 
-def _read_entries(rows: list[list[Any]]) -> list[Entry]:
+def _read_entries(rows: list[list[Any]], version: int) -> list[Entry]:
     entries: list[Entry] = []
     for row in rows:
         name, *more = row
@@ -244,21 +244,23 @@ def _read_entries(rows: list[list[Any]]) -> list[Entry]:
             first = entries[alias]
             entries.append(Entry(name, first.dtype, first.shape, alias=alias))
         else:
-            entries.append(_read_entry(name, *more))
+            entries.append(_read_entry(version, name, *more))
     names = [entry.name for entry in entries]
     if len(set(names)) != len(names):
         raise ValueError("names are not unique")
     return entries
 
 
-def _read_entry(name: str, dtype: str, shape: list[int], kind: int, *held: object) -> Entry:
+def _read_entry(version: int, name: str, dtype: str, shape: list[int], kind: int, *more: object) -> Entry:
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"{name} has no shape of at most {_MAX_DIMENSIONS} dimensions")
     if any(type(length) is not int or not 0 <= length < 1 << 63 for length in shape):
         raise ValueError(f"{name} has shape {shape}")
     if type(kind) is not int or kind not in (RAW, CODES, BITMAP):
         raise ValueError(f"{name} has kind {kind}")
-    entry = Entry(name, DTYPES[dtype], tuple(shape), kind, half=bool(held))
+    groups = _groups(name, shape, *more) if version > 1 and kind == CODES and more else 1
+    held = more if groups == 1 else ()
+    entry = Entry(name, DTYPES[dtype], tuple(shape), kind, half=bool(held), groups=groups)
     if kind != RAW and not (shape and entry.numel):
         raise ValueError(f"{name} of shape {shape} cannot be coded")
     if kind == CODES and entry.dtype not in CODE_DTYPES:
@@ -266,3 +268,10 @@ def _read_entry(name: str, dtype: str, shape: list[int], kind: int, *held: objec
     if held and (held != ("float16",) or kind == CODES or entry.dtype not in HALF_DTYPES):
         raise ValueError(f"{name} of {dtype} and kind {kind} cannot be held as {held}")
     return entry
+
+
+def _groups(name: str, shape: list[int], groups: object) -> int:
+    """Check how many groups the input channels (second dimension) of a weight are cut into."""
+    if type(groups) is not int or len(shape) < 2 or not 2 <= groups <= shape[1] or shape[1] % groups:
+        raise ValueError(f"{name} of shape {shape} cannot have {str(groups)[:60]} groups of input channels")
+    return groups

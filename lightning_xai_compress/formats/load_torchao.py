@@ -36,17 +36,18 @@ def integer_tensor(codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype)
 
     Args:
         codes: int8 of shape [channels, inputs].
-        scales: Step of each channel, float32 of shape [channels]: float32 also where the weight has half the bytes,
-            since torchao multiplies before it rounds.
-        bits: Width of the widest channel, 2..8.
+        scales: Step of each row, float32 of shape [rows], of which each channel has one or several: float32 also where
+            the weight has half the bytes, since torchao multiplies before it rounds.
+        bits: Width of the widest row, 2..8.
         dtype: Of the weight: float32, float16 or bfloat16.
     """
+    groups = len(scales) // len(codes)
     tensor: Tensor = torchao_class()(
         codes,
-        scales.reshape(-1, 1),
-        torch.zeros(len(codes), 1, dtype=torch.int8),
+        scales.reshape(-1, groups),
+        torch.zeros(len(codes), groups, dtype=torch.int8),
         getattr(torch, f"int{bits}"),
-        (1, codes.shape[1]),
+        (1, codes.shape[1] // groups),
         dtype,
         None,
     )

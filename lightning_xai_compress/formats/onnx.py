@@ -1,4 +1,4 @@
-"""The format "onnx": one file that onnxruntime runs, its weights INT2, INT4 or INT8 with one scale per output channel.
+"""The format "onnx": one file that onnxruntime runs, its weights INT2, INT4 or INT8 with one scale per row.
 
 Widths 2, 3-4 and 5-8 travel as INT2, INT4 and INT8, or in the next wider type that `Files.onnx_bits` allows. BatchNorm
 is folded into scales and biases. With 8-bit activations the ranges of the examples are built in. The file is checked

@@ -31,6 +31,7 @@ class StoredWeight:
         codes: int8, rows in the order of the weight.
         step: float32 step of each row.
         nodes: What dequantizes it now.
+        grouped: Whether a channel has several rows, which the graph puts into the shape of the weight.
     """
 
     name: str
@@ -38,6 +39,7 @@ class StoredWeight:
     codes: NDArray[np.int8]
     step: NDArray[np.float32]
     nodes: list[NodeProto]
+    grouped: bool = False
 
     def restep(self, step: NDArray[np.float32]) -> None:
         """Change the steps; where they are the old ones, or these with another sign, values stay the same."""
@@ -89,7 +91,7 @@ def find_weights(graph: GraphProto) -> dict[str, StoredWeight]:
             found.setdefault(name, []).append(node)
     weights = {}
     for name, nodes in found.items():
-        ends = [makers[f"{name}.{end}"] for end in ("rows", "sorted", "cast") if f"{name}.{end}" in makers]
+        ends = [makers[f"{name}.{end}"] for end in ("rows", "sorted", "shaped", "cast") if f"{name}.{end}" in makers]
         if any(node.op_type == "Cast" for node in ends):
             continue
         codes, steps, parts, start = [], [], {}, 0
@@ -109,5 +111,6 @@ def find_weights(graph: GraphProto) -> dict[str, StoredWeight]:
             np.concatenate(codes)[order],
             np.concatenate(steps)[order],
             [*nodes, *ends],
+            grouped=f"{name}.shaped" in makers,
         )
     return weights

@@ -29,7 +29,7 @@ def fold_batchnorm(graph: GraphProto, scales: Mapping[str, Tensor]) -> dict[str,
 
     Args:
         graph: Graph to edit; quantized weights are still its inputs.
-        scales: Step of each output channel by weight name, shape [channels].
+        scales: Step of each row by weight name, shape [rows]; a channel has one or several, one after the other.
 
     Returns:
         All scales, the folded ones changed, float32.
@@ -65,7 +65,8 @@ def fold_batchnorm(graph: GraphProto, scales: Mapping[str, Tensor]) -> dict[str,
         bias = numpy_helper.to_array(constants[own]) if own else np.zeros_like(mean)
         shifted = (bias.astype(np.float64) - mean) * factor + beta
         weight = layer.input[1]
-        folded[weight] = (folded[weight].detach().cpu().double() * torch.from_numpy(factor)).float()
+        steps = folded[weight].detach().cpu().double().reshape(len(factor), -1)
+        folded[weight] = (steps * torch.from_numpy(factor)[:, None]).float().reshape(-1)
         _set_bias(graph, layer, own, shifted.astype(np.float32), taken=set(users) | set(makers) | constants.keys())
         layer.output[0] = norm.output[0]
         graph.node.remove(norm)

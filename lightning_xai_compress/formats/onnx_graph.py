@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_xai_compress.formats.codes import pack_codes
+from lightning_xai_compress.plan import by_rows
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto
@@ -37,20 +38,22 @@ INT2_VERSIONS = (25, 13)
 def quantize_input(graph: GraphProto, name: str, codes: Tensor, scale: Tensor, storage: Tensor, dtype: int) -> None:
     """Replace a graph input by integer initializers and the nodes that dequantize them, along axis 0.
 
-    Rows of several storage types become one initializer a type; the graph puts them together and back into order.
+    Rows of several storage types become one initializer a type; the graph puts them together and back into order, and
+    where a channel has several rows into the shape of the weight.
 
     Args:
         graph: Graph to edit.
         name: Name of the input: what its consumers read is afterwards the dequantized weight.
         codes: int8 tensor in the shape of the weight.
-        scale: float32 scales, shape [channels].
-        storage: Integer type of each row, 2, 4 or 8, shape [channels].
+        scale: float32 scales, shape [rows]; see `plan.by_rows`.
+        storage: Integer type of each row, 2, 4 or 8, shape [rows].
         dtype: ONNX element type that the consumers expect.
     """
     from onnx import TensorProto, helper
 
     types = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
     scale = scale.detach().cpu().float()
+    shape, codes = codes.shape, by_rows(codes, len(storage))
     widths = sorted(set(storage.tolist()))
     rows = [torch.nonzero(storage == width).flatten() for width in widths]
     order = torch.cat(rows)
@@ -70,6 +73,11 @@ def quantize_input(graph: GraphProto, name: str, codes: Tensor, scale: Tensor, s
         graph.initializer.append(_tensor(f"{name}.order", TensorProto.INT32, back, back.numpy().tobytes()))
         inputs = [nodes[-1].output[0], f"{name}.order"]
         nodes.append(helper.make_node("Gather", inputs, [f"{name}.sorted"], name=f"{name}.sorted", axis=0))
+    if codes.shape != shape:
+        sizes = torch.tensor(shape)
+        graph.initializer.append(_tensor(f"{name}.shape", TensorProto.INT64, sizes, sizes.numpy().tobytes()))
+        inputs = [nodes[-1].output[0], f"{name}.shape"]
+        nodes.append(helper.make_node("Reshape", inputs, [f"{name}.shaped"], name=f"{name}.shaped"))
     if dtype != TensorProto.FLOAT:
         nodes.append(helper.make_node("Cast", [nodes[-1].output[0]], [f"{name}.cast"], name=f"{name}.cast", to=dtype))
     nodes[-1].output[0] = name

@@ -79,7 +79,8 @@ def quantize_activations(
         weight, using = weights[name], [layer for layer in layers if layer.weight.name == name]
         readers, widened = _float_readers(graph, weight, using), _fit_steps(weight, using, steps)
         front += _dequantize(graph, weight, using, readers)
-        notes += [f"{name} stays float in {node.op_type}, which has no integer kernel for it" for node in readers]
+        what = "groups of input channels" if weight.grouped else "it"
+        notes += [f"{name} stays float in {node.op_type}, which has no integer kernel for {what}" for node in readers]
         notes += [f"{name}: wider steps in {widened} channels, whose bias is large beside them"] if widened else []
     for layer in layers:
         front += _quantize_bias(graph, layer, steps[layer.node.input[0]])
@@ -110,7 +111,7 @@ def _layers(graph: GraphProto, weights: Mapping[str, StoredWeight]) -> Iterator[
         elif node.op_type == "Gemm":
             scaled = attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0
             name = "" if scaled or attributes.get("transA", 0) or not attributes.get("transB", 0) else name
-        if name not in weights:
+        if name not in weights or weights[name].grouped:  # an integer kernel takes one step an output channel
             continue
         bias = node.input[2] if len(node.input) > 2 else ""
         if not bias:
@@ -188,9 +189,11 @@ def _dequantize(
         column, name = f"{weight.name}.column", f"{weight.name}.product" if layers else weight.name
         shape = (-1, *[1] * (weight.codes.ndim - 1))
         graph.initializer.append(numpy_helper.from_array(weight.step.reshape(shape), column))
-        cast = f"{weight.name}.cast"
+        cast, product = f"{weight.name}.cast", f"{weight.name}.flat" if weight.grouped else name
         nodes.append(helper.make_node("Cast", [codes], [cast], name=cast, to=TensorProto.FLOAT))
-        nodes.append(helper.make_node("Mul", [cast, column], [name], name=f"{weight.name}.product"))
+        nodes.append(helper.make_node("Mul", [cast, column], [product], name=f"{weight.name}.product"))
+        if weight.grouped:
+            nodes.append(helper.make_node("Reshape", [product, f"{weight.name}.shape"], [name], name=f"{name}.shaped"))
         for node in readers:
             node.input[:] = [name if each == weight.name else each for each in node.input]
     return nodes

@@ -3,7 +3,7 @@
 It is a plain safetensors file of three tensors (docs/packed-format.md has every byte):
 
 - `stream`, uint32: the integer codes of all quantized weights, the contexts (bit width and table) and scales of their
-  channels, and one bit a weight of what is pruned but not quantized, in one ANS stream (`entropy`, `contexts`);
+  rows, and one bit a weight of what is pruned but not quantized, in one ANS stream (`entropy`, `contexts`);
 - `rest`, uint8: all else, in byte planes, each deflated where that pays; floats that float16 holds take two bytes;
 - `index`, uint8: a deflated JSON object with names, shapes, dtypes, aliases, what was skipped, and where it comes from.
 
@@ -26,7 +26,7 @@ from torch import nn
 
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats import container, entropy
-from lightning_xai_compress.formats.container import VERSION
+from lightning_xai_compress.formats.container import VERSIONS
 from lightning_xai_compress.formats.layout import Entry, check_unfolded, chunks, few, same
 from lightning_xai_compress.formats.load import load_compressed
 from lightning_xai_compress.formats.packed_model import split
@@ -36,7 +36,7 @@ from lightning_xai_compress.formats.registry import Files, Format, Inputs, regis
 from lightning_xai_compress.plan import CompressionPlan
 
 __all__ = [
-    "VERSION",
+    "VERSIONS",
     "PackedSize",
     "check_packed",
     "code_entropy",
@@ -56,8 +56,8 @@ class PackedSize:
 
     Args:
         total: Bytes of the file; payload, scales, rest and metadata add up to it.
-        payload: Codes, tables, bit widths and contexts of channels, and the bitmaps of pruned floats.
-        scales: Scales of the channels.
+        payload: Codes, tables, bit widths and contexts of rows, and the bitmaps of pruned floats.
+        scales: Scales of the rows.
         rest: All that is not quantized: biases, buffers, layers left alone, floats that pruning kept.
         metadata: Names, shapes, where it comes from, and what a safetensors file begins with.
         layers: Bytes of each quantized or pruned parameter by name: its share of the three parts above, rounded.
@@ -164,7 +164,10 @@ def _pack(model: nn.Module, plan: CompressionPlan) -> tuple[bytes, PackedSize]:
         "provenance": {key: plan.provenance[key] for key in sorted(plan.provenance)},
         "versions": _versions(),
     }
-    data = container.write_container({"stream": encoded.words, "rest": rest, "index": container.write_json(index)})
+    version = 2 if any(entry.groups > 1 for entry in parts.entries) else 1
+    data = container.write_container(
+        {"stream": encoded.words, "rest": rest, "index": container.write_json(index)}, version=version
+    )
     check_unfolded(parts.entries, len(data), "the model")
 
     bits = sum(encoded.code_bits) + sum(encoded.scale_bits)
@@ -182,6 +185,8 @@ def _row(entry: Entry) -> list[Any]:
     if entry.alias is not None:
         return [entry.name, entry.alias]
     row = [entry.name, str(entry.dtype).removeprefix("torch."), entry.shape, entry.kind]
+    if entry.groups > 1:
+        return [*row, entry.groups]
     return [*row, "float16"] if entry.half else row
 
 

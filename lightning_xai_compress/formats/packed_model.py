@@ -77,7 +77,8 @@ def split(model: nn.Module, plan: CompressionPlan) -> Parts:
         shape = tuple(weight.shape)
         if planned is not None and weight.numel():
             parts.blocks.append(_codes(planned, weight, quantized[planned], plan.scales[planned]))
-            parts.entries.append(Entry(key, weight.dtype, shape, CODES))
+            groups = len(quantized[planned]) // len(weight)
+            parts.entries.append(Entry(key, weight.dtype, shape, CODES, groups=groups))
             continue
         kind, numbers = RAW, weight.reshape(-1)
         if any(name in plan.mask.keep for name in names) and weight.dim():
@@ -124,7 +125,7 @@ def _codes(name: str, weight: Tensor, bits: Tensor, scale: Tensor) -> entropy.Bl
             f"{name}: expected scales >= 0 that bfloat16 holds exactly; round them with "
             "scale.to(torch.bfloat16).float() before the weights are quantized"
         )
-    codes = integer_codes(name, weight, step, bits).reshape(len(weight), -1)
+    codes = integer_codes(name, weight, step, bits).reshape(len(bits), -1)
     pattern = coarse.view(torch.int16).numpy().view(np.uint16)
     return entropy.Block(codes.numpy(), bits.detach().cpu().to(torch.uint8).numpy(), pattern)
 

@@ -54,8 +54,8 @@ def _whole(sizes: NDArray[np.float64]) -> list[int]:
 def _widths(tensor: Decoded) -> dict[int, int]:
     if tensor.entry.kind != CODES or tensor.widths is None:
         return {}
-    widths, channels = np.unique(tensor.widths, return_counts=True)
-    return {int(width): int(count) for width, count in zip(widths, channels, strict=True)}
+    widths, rows = np.unique(tensor.widths, return_counts=True)
+    return {int(width): int(count) for width, count in zip(widths, rows, strict=True)}
 
 
 def _provenance(file: PackedFile) -> dict[str, str]:

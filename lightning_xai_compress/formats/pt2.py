@@ -76,7 +76,7 @@ def write_pt2(
     if any(tensor.device.type != "cpu" for tensor in program.state_dict.values()):
         program = move_to_device_pass(program, "cpu")
     index = {
-        "version": 1,
+        "version": 2 if any(len(weight.get_buffer("scales")) > weight.shape[0] for weight in packed.values()) else 1,
         "tensors": _entries(model, packed),
         "provenance": dict(plan.provenance),
         "skipped": [[skipped.name, skipped.reason] for skipped in plan.skipped],
@@ -198,6 +198,8 @@ def _stored(archive: Archive, entry: Mapping[str, Any], before: Mapping[str, Sto
     dtype, shape = DTYPES[entry["dtype"]], [int(size) for size in entry["shape"]]
     if "groups" in entry:
         groups = [(int(width), int(count)) for width, count in entry["groups"]]
+        if archive.index["version"] == 1 and sum(count for _, count in groups) != shape[0]:
+            raise ValueError(f"{shape[0]} rows, but groups of {[count for _, count in groups]}")
         members = {
             key.removeprefix(f"{name}."): value for key, value in archive.tensors.items() if key.startswith(f"{name}.")
         }

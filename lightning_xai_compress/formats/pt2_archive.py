@@ -35,6 +35,7 @@ _PLAIN = {
     *("archive_format", "archive_version", ".data/version", "byteorder"),
 }
 _RANDOM = ".data/serialization_id"
+_VERSIONS = (1, 2)  # of the index; 2 where a weight has several rows an output channel
 _RATIO = 1100  # deflate makes nothing smaller than this
 
 
@@ -131,9 +132,10 @@ def _read(data: bytes) -> Archive:
         if read("byteorder") != b"little":
             raise ArtifactError("was written on a big-endian machine: export it again on a little-endian one")
         index = json.loads(read(f"extra/{INDEX}"))
-    if index.get("version") != 1:
+    if index.get("version") not in _VERSIONS:
         raise ArtifactError(
-            f"has version {index.get('version')!r} of the index, expected 1: install the matching package"
+            f"has version {index.get('version')!r} of the index, expected one of {_VERSIONS}: install the matching "
+            "package"
         )
     return Archive(index, tensors)
 

@@ -1,8 +1,8 @@
 """Quantized weights as bit planes: every width takes exactly its bits, and a traced graph can put them together again.
 
 A width is a sum of powers of two (3 = 2 + 1, 7 = 4 + 2 + 1), and a plane holds one of these parts of all numbers of one
-width, so that no number straddles two bytes. Rows (output channels) of one width lie together; `order` says where each
-row of the weight is among them.
+width, so that no number straddles two bytes. Rows (output channels, or groups in them) of one width lie together;
+`order` says where each row of the weight is among them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PackedWeight(nn.Module):
         single = any(length == 1 for length in weight.shape)
         dense = torch.empty_like(weight).stride() == weight.stride()  # no gaps between numbers, and none twice
         self.strides = weight.stride() if single and dense else None
-        rows = len(weight)
+        rows = len(bits)
         codes = integer_codes(name, weight, scale, bits).reshape(rows, -1)
         self.columns = codes.shape[1] if rows else 0
         widths = bits.detach().cpu().long()
@@ -114,12 +114,20 @@ def read_weight(
 ) -> Tensor:
     """Put a weight together from the bytes of its buffers, without a graph.
 
+    Args:
+        buffers: By the ends of their names.
+        groups: Widths, and rows of each.
+        shape: Of the weight; it has as many rows as output channels, or a multiple that divides its input channels.
+        dtype: Of the weight.
+
     Raises:
         ValueError, LookupError: They do not fit.
     """
-    rows, columns = int(shape[0]), int(np.prod(shape[1:], dtype=np.int64))
-    if sum(count for _, count in groups) != rows:
-        raise ValueError(f"{rows} rows, but groups of {[count for _, count in groups]}")
+    rows = sum(count for _, count in groups)
+    each, left = divmod(rows, max(1, shape[0]))
+    if left or each < 1 or (each > 1 and (len(shape) < 2 or shape[1] % each)):
+        raise ValueError(f"a weight of shape {list(shape)}, but rows of {[count for _, count in groups]}")
+    columns = int(np.prod(shape[1:], dtype=np.int64)) // each
     planes = [
         (plane_name(width, part), -(-count * columns * part // 8))
         for width, count in groups

@@ -62,6 +62,10 @@ class Files:
         ranges: How a range is chosen: "minmax", "percentile" (99.99 % of the values) or "mse" (least squared error).
         float16: Round what is not quantized (biases, BatchNorm, buffers) to float16 in the model when it is finished,
             where that keeps it finite and normal, so that the packed file holds half the bytes and stays exact.
+        merge_batchnorm: Files hold tracked, affine BatchNorm layers with mean 0 and variance 1, which cost nothing in
+            the packed file, and weights and biases that make up for it: the same outputs in evaluation, to rounding.
+            The module keeps its own values. A file of this kind is for inference: in training, layers normalize by
+            their batch, for which the merged weights are wrong; train on from a checkpoint instead.
 
     Raises:
         ValueError: A setting out of range.
@@ -71,6 +75,7 @@ class Files:
     activations: Literal["int8"] | None = None
     ranges: Literal["minmax", "percentile", "mse"] = "minmax"
     float16: bool = False
+    merge_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         widths = tuple(self.onnx_bits) if isinstance(self.onnx_bits, Sequence) else ()
@@ -80,8 +85,9 @@ class Files:
             raise ValueError(f"activations must be None or 'int8', got {self.activations!r}")
         if self.ranges not in ("minmax", "percentile", "mse"):
             raise ValueError(f"ranges must be 'minmax', 'percentile' or 'mse', got {self.ranges!r}")
-        if not isinstance(self.float16, bool):
-            raise ValueError(f"float16 must be True or False, got {self.float16!r}")
+        for name in ("float16", "merge_batchnorm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ class Stored:
     Args:
         name: As in the state dict.
         values: Dequantized.
-        bits: Width in the file -> output channels of that width; empty for what is not quantized.
+        bits: Width in the file -> rows of that width (output channels, or groups of input channels in them); empty for
+            what is not quantized.
         bytes: Its place in the file, without names and the like; 0 where another tensor's place is shared.
     """
 

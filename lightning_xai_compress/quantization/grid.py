@@ -1,8 +1,9 @@
-"""Values on a grid: symmetric integers per output channel, through torchao. The one file that imports torchao.
+"""Values on a grid: symmetric integers per row, through torchao. The one file that imports torchao.
 
 A weight becomes code * scale with codes in +-(2^(bits - 1) - 1): two bits are three values, zero is always exact, and
 so a pruned weight stays pruned. Scales are rounded to bfloat16, which costs nothing (the codes are chosen for the
-rounded scale) and halves their place on disk.
+rounded scale) and halves their place on disk. A row is an output channel, or a group of input channels within one:
+there are as many as there are bit widths (`plan.by_rows`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lightning_xai_compress.plan import by_rows
 
 _pytree = logging.getLogger("torch.utils._pytree")
 _was_disabled, _pytree.disabled = _pytree.disabled, True  # torchao 0.18 triggers a deprecation note of torch's own
@@ -27,18 +30,21 @@ _CANDIDATES = 80
 def quantize(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
     """Put a weight onto its grid.
 
-    torchao takes one range a call; clipping each channel to its own range first and rounding with the widest gives
-    the same codes for channels of any widths in one call.
+    torchao takes one range a call; clipping each row to its own range first and rounding with the widest gives the
+    same codes for rows of any widths in one call.
 
     Args:
         weight: Shape [channels, ...], floating point.
-        bits: Width of each channel, shape [channels], 2..8.
-        scale: Step of each channel, float32 of shape [channels], >= 0; 0 makes the channel all zero.
+        bits: Width of each row, shape [rows], 2..8.
+        scale: Step of each row, float32 of shape [rows], >= 0; 0 makes the row all zero.
 
     Returns:
         The values code * scale in the dtype of the weight.
+
+    Raises:
+        ValueError: The weight cannot be cut into so many rows.
     """
-    rows = weight.detach().flatten(1).float()
+    rows = by_rows(weight.detach(), len(bits)).flatten(1).float()
     codes = _codes(rows, bits, scale)
     block = (1, rows.shape[1])
     values = dequantize_affine(codes, block, scale, torch.zeros_like(scale), torch.int8, -127, 127)
@@ -60,19 +66,23 @@ def refit_scales(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         weight: Shape [channels, ...].
-        bits: Width of each channel.
-        scale: Scales so far.
+        bits: Width of each row, shape [rows].
+        scale: Scales so far, shape [rows].
 
     Returns:
-        New scales, float32 but exact in bfloat16; a channel without codes keeps its scale.
+        New scales, float32 but exact in bfloat16; a row without codes keeps its scale.
+
+    Raises:
+        ValueError: The weight cannot be cut into so many rows.
     """
-    rows = in_memory_order(weight.detach(), weight.stride()).flatten(1).float()
+    weight = by_rows(weight.detach(), len(bits))
+    rows = in_memory_order(weight, weight.stride()).flatten(1).float()
     codes = _codes(rows, bits, scale).float()
     return least_squares((rows * codes).sum(1), codes.square().sum(1), scale)
 
 
 def least_squares(products: Tensor, squares: Tensor, scale: Tensor) -> Tensor:
-    """Scales from each channel's sums of weight * code and of code^2; `scale` where there are no codes."""
+    """Scales from each row's sums of weight * code and of code^2; `scale` where there are no codes."""
     fitted = products / squares.clamp(min=1.0)
     return _round(torch.where((squares > 0) & (fitted > 0), fitted, scale))
 
@@ -80,25 +90,25 @@ def least_squares(products: Tensor, squares: Tensor, scale: Tensor) -> Tensor:
 def in_memory_order(tensor: Tensor, stride: Sequence[int]) -> Tensor:
     """A view whose dimensions after the first lie as memory of these strides has them.
 
-    The sum over a channel depends on the order of its weights in its last digits. In this order it needs no copy,
-    with channels_last neither.
+    The sum over a row depends on the order of its weights in its last digits. In this order it needs no copy, with
+    channels_last neither.
 
     Args:
-        tensor: Shape [channels, ...].
+        tensor: Shape [rows, ...].
         stride: Of the tensor, or of another one of its shape whose order is wanted.
     """
     return tensor.permute(0, *sorted(range(1, tensor.dim()), key=lambda dimension: -stride[dimension]))
 
 
 def fit_scales(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Find the scale of least squared error for every channel at one width, by search.
+    """Find the scale of least squared error for every row at one width, by search.
 
     Args:
-        weight: Shape [channels, ...].
+        weight: Shape [rows, ...], see `plan.by_rows`.
         bits: Width, 2..8.
 
     Returns:
-        Scales [channels] and the squared error of every weight, in the shape of the weight.
+        Scales [rows] and the squared error of every weight, in the shape of the weight.
     """
     rows = weight.detach().flatten(1).float()
     largest_code = 2.0 ** (bits - 1) - 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_xai_compress.plan import by_rows
 from lightning_xai_compress.quantization.grid import in_memory_order, largest_code, least_squares
 
 __all__ = ["mask_", "requantize_"]
@@ -39,14 +40,19 @@ def requantize_(
     Args:
         weight: Shape [channels, ...], as the optimizer left it; becomes code * scale.
         latent: Of the same shape and dtype; becomes the weight, zero where it is not kept.
-        bits: Width of each channel, shape [channels], 2..8.
-        scale: Step of each channel so far, float32 of shape [channels].
+        bits: Width of each row, shape [rows], 2..8; see `plan.by_rows`.
+        scale: Step of each row so far, float32 of shape [rows].
         keep: Boolean, of the weight's shape and order of memory; None: all.
         refit: Whether scales are fitted to the latent first.
 
     Returns:
         The scales of the grid, as `refit_scales` gives them; those that came without `refit`.
+
+    Raises:
+        ValueError: The weight cannot be cut into so many rows.
     """
+    if len(bits) != len(weight):
+        return _requantize_groups(weight, latent, bits, scale, keep=keep, refit=refit)
     values, latents = _rows(weight, weight), _rows(latent, weight)
     kept = None if keep is None else _rows(keep, weight)
     limit = largest_code(bits).unsqueeze(1)
@@ -71,14 +77,27 @@ def requantize_(
         if codes.dtype != values.dtype:
             values[block].copy_(codes)
     for rows, tensor in ((values, weight), (latents, latent)):
-        if rows.data_ptr() != tensor.data_ptr():  # a channel's weights do not lie side by side
+        if rows.data_ptr() != tensor.data_ptr():  # a row's weights do not lie side by side
             ordered = in_memory_order(tensor, weight.stride())
             ordered.copy_(rows.view(ordered.shape))
     return fitted
 
 
+def _requantize_groups(
+    weight: Tensor, latent: Tensor, bits: Tensor, scale: Tensor, *, keep: Tensor | None, refit: bool
+) -> Tensor:
+    """The same for groups of input channels: copies where memory (channels_last) does not have them side by side."""
+    parts = [by_rows(tensor, len(bits)) for tensor in (weight, latent)]
+    kept = None if keep is None else by_rows(keep, len(bits))
+    fitted = requantize_(parts[0], parts[1], bits, scale, keep=kept, refit=refit)
+    for part, tensor in zip(parts, (weight, latent), strict=True):
+        if part.data_ptr() != tensor.data_ptr():
+            tensor.copy_(part.view(tensor.shape))
+    return fitted
+
+
 def _rows(tensor: Tensor, like: Tensor) -> Tensor:
-    """A row for each channel, in the order of the other tensor's memory; a copy where that has no rows."""
+    """All rows, in the order of the other tensor's memory; a copy where that has no rows."""
     return in_memory_order(tensor, like.stride()).reshape(len(tensor), -1)
 
 
@@ -88,7 +107,7 @@ def _masked(tensor: Tensor, keep: Tensor, *, out: Tensor) -> None:
 
 
 def _codes(rows: Tensor, scale: Tensor, limit: Tensor, *, out: Tensor) -> Tensor:
-    """Codes as floats; a channel of scale 0 is all zero.
+    """Codes as floats; a row of scale 0 is all zero.
 
     Two bounds one after the other take a tenth of the time of `clamp` with tensors.
     """

@@ -1,7 +1,10 @@
 """The relevance engine: how much each weight contributes to what the model decides."""
 
 from lightning_xai_compress.relevance.attention import AttentionRule, check_attention
+from lightning_xai_compress.relevance.batchnorm import forward, tracked_norms, update_batchnorm
+from lightning_xai_compress.relevance.calls import call_order
 from lightning_xai_compress.relevance.composites import COMPOSITE_NAMES, check_composite
+from lightning_xai_compress.relevance.ends import Ends, known_names
 from lightning_xai_compress.relevance.engine import Propagation, relevance_sums
 from lightning_xai_compress.relevance.explain import Explain, call_model, check_explain, split_batch
 from lightning_xai_compress.relevance.heatmaps import is_picture, save_heatmaps
@@ -21,22 +24,28 @@ __all__ = [
     "LEAST_BATCHES",
     "STATISTICS",
     "AttentionRule",
+    "Ends",
     "Explain",
     "Processes",
     "Propagation",
     "RelevanceSums",
     "Statistic",
     "call_model",
+    "call_order",
     "check_attention",
     "check_composite",
     "check_explain",
     "check_statistics",
     "evaluation",
+    "forward",
     "input_norms",
     "is_picture",
     "isolated",
+    "known_names",
     "relevance_sums",
     "save_heatmaps",
     "split_batch",
+    "tracked_norms",
     "unwrapped",
+    "update_batchnorm",
 ]

@@ -2,6 +2,8 @@
 
 from lightning_xai_compress.report.measure import (
     DenseSizes,
+    Mode,
+    check_mode,
     dense_bytes,
     dense_sizes,
     estimated_bytes,
@@ -9,15 +11,18 @@ from lightning_xai_compress.report.measure import (
     zstd_bytes,
 )
 from lightning_xai_compress.report.render import render
-from lightning_xai_compress.report.report import LayerReport, Measured, Report, Sizes, build_report
+from lightning_xai_compress.report.report import LayerReport, Measured, PathPoint, Report, Sizes, build_report
 
 __all__ = [
     "DenseSizes",
     "LayerReport",
     "Measured",
+    "Mode",
+    "PathPoint",
     "Report",
     "Sizes",
     "build_report",
+    "check_mode",
     "dense_bytes",
     "dense_sizes",
     "estimated_bytes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import zstandard
@@ -15,7 +15,18 @@ from torchmetrics import Metric
 
 from lightning_xai_compress.relevance import call_model, evaluation, split_batch
 
-__all__ = ["DenseSizes", "dense_bytes", "dense_sizes", "estimated_bytes", "evaluate", "zstd_bytes"]
+__all__ = [
+    "DenseSizes",
+    "Mode",
+    "check_mode",
+    "dense_bytes",
+    "dense_sizes",
+    "estimated_bytes",
+    "evaluate",
+    "zstd_bytes",
+]
+
+Mode = Literal["max", "min"]
 
 _ZSTD_LEVELS = ((64 << 20, 19), (math.inf, 9))  # up to so many bytes: level
 
@@ -110,6 +121,18 @@ def evaluate(model: nn.Module, batches: Iterable[Any], metric: Metric) -> float:
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise ValueError(f"metric {type(metric).__name__} must compute one number, got {value}")
     return float(value)
+
+
+def check_mode(mode: str | None, metric: Metric | str | None) -> Mode | None:
+    """What is best, as the user says or else the metric itself; None where neither does.
+
+    Raises:
+        ValueError: Another mode.
+    """
+    if mode not in (None, "max", "min"):
+        raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+    higher = getattr(metric, "higher_is_better", None)
+    return mode or (None if higher is None else "max" if higher else "min")  # type: ignore[return-value]
 
 
 def estimated_bytes(dense: int, weights: int, sparsity: float, bits: float | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_xai_compress.report.report import Report
+from lightning_xai_compress.report.report import PathPoint, Report
 from lightning_xai_compress.tables import table
 
 __all__ = ["render"]
@@ -25,17 +25,17 @@ def render(report: Report) -> str:
             *([measured] if report.metric else []),
             ("sparsity", "", f"{report.sparsity:.2%}", ""),
             *([("scored by", "", report.criterion, "")] if report.criterion else []),
-            ("average bits", "32", "32" if report.average_bits is None else f"{report.average_bits:.2f}", ""),
+            ("average bits", "32", _bits(report.average_bits), ""),
         ],
     )
     layers = table(
-        ("layer", "weights", "sparsity", "bits: channels", "bytes", "relevance"),
+        ("layer", "weights", "sparsity", "bits: rows", "bytes", "relevance"),
         [
             (
                 layer.name,
                 f"{layer.weights:,}",
                 f"{layer.sparsity:.1%}",
-                " ".join(f"{width}:{channels}" for width, channels in layer.bits.items()) or "32",
+                " ".join(f"{width}:{rows}" for width, rows in layer.bits.items()) or "32",
                 f"{layer.bytes:,}",
                 "unknown" if layer.relevance is None else f"{layer.relevance:.1%}",
             )
@@ -56,7 +56,9 @@ def render(report: Report) -> str:
         if report.sizes and report.sizes.code_entropy:
             rows.append(("(entropy of the codes alone)", f"{report.sizes.code_entropy:,.0f}", "", ""))
         parts.append(table(("file", "bytes", "under zstd", "max abs diff"), rows))
-    notes = []
+    if report.path:
+        parts.append(table(("epoch", "bytes", "metric", "sparsity", "bits"), [_state(each) for each in report.path]))
+    notes = [report.budget] if report.budget else []
     if report.exported_epoch is not None:
         notes.append(f"the files hold the best weights, those of epoch {report.exported_epoch:g}")
     if report.int8_accuracy is not None:
@@ -76,6 +78,15 @@ def render(report: Report) -> str:
 
 def _bytes(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
+
+
+def _state(point: PathPoint) -> tuple[str, ...]:
+    metric, bits = _number(point.metric), _bits(point.average_bits)
+    return f"{point.epoch:.2f}", f"{point.bytes:,}", metric, f"{point.sparsity:.2%}", bits
+
+
+def _bits(value: float | None) -> str:
+    return "32" if value is None else f"{value:.2f}"
 
 
 def _number(value: float | None) -> str:

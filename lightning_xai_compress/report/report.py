@@ -16,7 +16,7 @@ from lightning_xai_compress.formats import Artifact, code_entropy, packed_size, 
 from lightning_xai_compress.plan import CompressionPlan, Skipped
 from lightning_xai_compress.report.measure import DenseSizes, dense_bytes, zstd_bytes
 
-__all__ = ["LayerReport", "Measured", "Report", "Sizes", "build_report"]
+__all__ = ["LayerReport", "Measured", "PathPoint", "Report", "Sizes", "build_report"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,25 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class PathPoint:
+    """A state on the way, as a validation found it: where a budget is named, together a Pareto path.
+
+    Args:
+        epoch: Epochs done.
+        bytes: Of the packed file that the state would have.
+        metric: Its value; None where it is unknown.
+        sparsity: Share of zeros by the mask.
+        average_bits: Mean width; None before weights are quantized.
+    """
+
+    epoch: float
+    bytes: int
+    metric: float | None
+    sparsity: float
+    average_bits: float | None
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One compressible layer.
 
@@ -42,7 +61,8 @@ class LayerReport:
         name: Parameter name.
         weights: Number of weights.
         sparsity: Share of them that is zero by the mask.
-        bits: Width -> number of output channels; empty where not quantized.
+        bits: Width -> number of rows (output channels, or groups of input channels in them); empty where not
+            quantized.
         bytes: Its share of the packed file.
         relevance: Its share of all absolute relevance at the latest scoring; None where unknown.
     """
@@ -95,6 +115,8 @@ class Report:
         exported_epoch: Of the exported weights, where they are the best ones and not the last.
         history: Each step as it happened.
         versions: Of the libraries that took part.
+        budget: What became of the size or the accuracy that the user named; empty where none was.
+        path: The states that validations found on the way to it.
     """
 
     dense: Measured
@@ -116,13 +138,15 @@ class Report:
     int8_accuracy: float | None = None
     history: tuple[Mapping[str, Any], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    budget: str = ""
+    path: tuple[PathPoint, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as `report.json` holds them."""
         result = asdict(self)
         del result["compressed"]["at_epoch"]
         for layer in result["layers"]:
-            layer["bits"] = {str(width): channels for width, channels in layer["bits"].items()}
+            layer["bits"] = {str(width): rows for width, rows in layer["bits"].items()}
         return result
 
     def to_json(self) -> str:
@@ -149,6 +173,7 @@ class Report:
                 "skipped": tuple(Skipped(**each) for each in values["skipped"]),
                 "failed": tuple(Skipped(**each) for each in values["failed"]),
                 "sizes": sizes,
+                "path": tuple(PathPoint(**each) for each in values["path"]),
             }
         )
 
@@ -190,6 +215,8 @@ def build_report(
     int8_accuracy: float | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     versions: Mapping[str, str] | None = None,
+    budget: str = "",
+    path: Sequence[PathPoint] = (),
 ) -> Report:
     """Measure a compressed model.
 
@@ -201,7 +228,7 @@ def build_report(
         relevance: Share of absolute relevance by parameter name.
         dense_sizes: Bytes of the state before.
         metric, criterion, heatmaps, artifacts, failed, positive_pruned, halted, exported_epoch, int8_accuracy,
-            history, versions: See `Report`.
+            history, versions, budget, path: See `Report`.
 
     Raises:
         ArtifactError: The parameters are not what the plan says.
@@ -214,7 +241,7 @@ def build_report(
             name,
             keep.numel(),
             1 - float(keep.sum()) / keep.numel(),
-            _channels(plan.allocation.bits[name]) if plan.allocation and name in plan.allocation.bits else {},
+            _rows(plan.allocation.bits[name]) if plan.allocation and name in plan.allocation.bits else {},
             size.layers.get(name, parameters[name].numel() * parameters[name].element_size()),
             (relevance or {}).get(name),
         )
@@ -244,8 +271,10 @@ def build_report(
         int8_accuracy=int8_accuracy,
         history=tuple(history),
         versions=dict(versions or {}),
+        budget=budget,
+        path=tuple(path),
     )
 
 
-def _channels(bits: Tensor) -> dict[int, int]:
+def _rows(bits: Tensor) -> dict[int, int]:
     return dict(sorted(Counter(bits.tolist()).items()))

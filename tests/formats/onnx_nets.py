@@ -77,6 +77,9 @@ def decode(path):
             values[node.output[0]] = np.concatenate([values[name] for name in node.input])
         elif node.op_type == "Gather" and node.input[1] in stored and node.input[0] in values:
             values[node.output[0]] = values[node.input[0]][np.frombuffer(stored[node.input[1]].raw_data, "<i4")]
+        elif node.op_type == "Reshape" and node.input[1] in stored and node.input[0] in values:
+            sizes = np.frombuffer(stored[node.input[1]].raw_data, "<i8")
+            values[node.output[0]] = values[node.input[0]].reshape(sizes)
     return values
 
 

@@ -21,7 +21,7 @@ def read(data):
     header = json.loads(data[8 : 8 + length])
     metadata = header["__metadata__"]
     assert metadata["format"] == "lightning-xai-compress"
-    assert metadata["version"] == "1"
+    assert metadata["version"] in ("1", "2")
     digest = metadata["sha256"]
     assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64, 1)).hexdigest() == digest
     parts = {}
@@ -91,20 +91,21 @@ def read_stream(words, index):
         if len(row) == 2 or row[3] == 0:
             continue
         name, dtype, shape, kind = row[:4]
-        columns = math.prod(shape) // shape[0]
-        label = [contexts.decode(coder) for _ in range(shape[0])]
+        rows = shape[0] * (row[4] if kind == 1 and len(row) == 5 else 1)
+        columns = math.prod(shape) // rows
+        label = [contexts.decode(coder) for _ in range(rows)]
         contexts.fade()
         numbers = {}
         for context in sorted(set(label)):
             lowest = 0 if index["contexts"][context][0] == 1 else 1 - 2 ** (index["contexts"][context][0] - 1)
-            for i in range(shape[0]):
+            for i in range(rows):
                 if label[i] == context:
                     numbers[i] = coder.decode(models[context], columns) + lowest
-        matrix = np.array([numbers[i] for i in range(shape[0])])
+        matrix = np.array([numbers[i] for i in range(rows)])
         if kind == 2:
             bitmaps[name] = matrix.reshape(-1) == 1
             continue
-        live = [i for i in range(shape[0]) if matrix[i].any()]
+        live = [i for i in range(rows) if matrix[i].any()]
         high = [coarse.decode(coder) + first for _ in live]
         coarse.fade()
         low = [int(coder.decode(sixteen, 1)[0]) for _ in live]

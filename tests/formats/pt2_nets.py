@@ -1,6 +1,9 @@
-"""Small models and plans of them, for tests of the format pt2."""
+"""Small models and plans of them, and forged files, for tests of the format pt2."""
 
+import hashlib
+import io
 import random
+import zipfile
 
 import torch
 from torch import nn
@@ -10,6 +13,8 @@ from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask
 
 from traced_nets import Reused, cnn
 
+CONFIG = "data/weights/model_weights_config.json"
+EXTRA = "extra/lightning_xai_compress.json"
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 
@@ -76,3 +81,25 @@ NETWORKS = {
     "float64": (lambda: nn.Linear(6, 9).double(), (torch.randn(3, 6).double(),)),
     "bfloat16": (lambda: nn.Linear(6, 9).bfloat16(), (torch.randn(3, 6).bfloat16(),)),
 }
+
+
+def forge(data, path, changes):
+    """An archive with other members, and the digest that fits it."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(target, "w") as made:
+        parts = {entry.filename: source.read(entry) for entry in source.infolist()}
+        for name, change in changes.items():
+            parts[f"archive/{name}"] = change(parts.get(f"archive/{name}", b""))
+        for name, content in parts.items():
+            made.writestr(name, content)
+        made.comment = b"0" * 64
+    content = target.getvalue()[:-64]
+    path.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
+
+
+def swap(old, new):
+    def change(content):
+        assert old in content
+        return content.replace(old, new, 1)
+
+    return change

@@ -122,7 +122,7 @@ def test_the_most_relevant_of_three_channels_gets_the_bits():
     weight = {"fc": weights(1, 16).repeat(3, 1)}
     sensitivity = {"fc": torch.tensor([1.0, 100.0, 1.0]).unsqueeze(1).expand(3, 16)}
 
-    allocation, _ = allocate_bits(weight, score_map(sensitivity), average_bits=4.0, bits=(2, 8))
+    allocation = allocate_bits(weight, score_map(sensitivity), average_bits=4.0, bits=(2, 8)).allocation
 
     assert allocation["fc"].tolist() == [2, 8, 2]
     assert allocation.average_bits == 4.0
@@ -135,7 +135,7 @@ def test_allocation_is_near_the_best_of_all_and_within_budget(seed):
     sensitivity = {name: torch.rand(tensor.shape, generator=generator) ** 4 for name, tensor in weight.items()}
     widths = (2, 3, 4, 6)
 
-    allocation, _ = allocate_bits(weight, score_map(sensitivity), average_bits=3.2, bits=widths)
+    allocation = allocate_bits(weight, score_map(sensitivity), average_bits=3.2, bits=widths).allocation
 
     errors = {
         (name, width): (fit_scales(weight[name], width)[1] * sensitivity[name]).flatten(1).sum(1)
@@ -165,7 +165,7 @@ def test_channels_of_unknown_relevance_get_the_largest_width():
     weight = {"a": weights(2, 8), "b": weights(6, 8)}
     sensitivity = {"a": torch.full((2, 8), torch.nan), "b": torch.ones(6, 8)}
 
-    allocation, _ = allocate_bits(weight, score_map(sensitivity), average_bits=4.0, bits=(2, 4, 8))
+    allocation = allocate_bits(weight, score_map(sensitivity), average_bits=4.0, bits=(2, 4, 8)).allocation
 
     assert allocation["a"].tolist() == [8, 8]
     assert allocation.average_bits <= 4.0
@@ -175,7 +175,7 @@ def test_a_budget_that_is_just_enough_ends():
     weight = {"a": weights(1, 1), "b": weights(1, 22)}
     sensitivity = {"a": torch.full((1, 1), torch.nan), "b": torch.ones(1, 22)}
 
-    allocation, _ = allocate_bits(weight, score_map(sensitivity), average_bits=2.260869565217391, bits=(2, 8))
+    allocation = allocate_bits(weight, score_map(sensitivity), average_bits=2.260869565217391, bits=(2, 8)).allocation
 
     assert (allocation["a"].tolist(), allocation["b"].tolist()) == ([8], [2])
 
@@ -188,8 +188,8 @@ def test_weights_unknown_in_a_layer_that_is_known_otherwise_count_as_its_mean():
     filled = torch.where(known.isnan(), known.nanmean(), known)
     others = torch.rand(6, 8)
 
-    allocation, _ = allocate_bits(weight, score_map({"a": known, "b": others}), average_bits=4.0)
-    expected, _ = allocate_bits(weight, score_map({"a": filled, "b": others}), average_bits=4.0)
+    allocation = allocate_bits(weight, score_map({"a": known, "b": others}), average_bits=4.0).allocation
+    expected = allocate_bits(weight, score_map({"a": filled, "b": others}), average_bits=4.0).allocation
 
     assert torch.equal(allocation["a"], expected["a"])
     assert torch.equal(allocation["b"], expected["b"])

@@ -1,0 +1,226 @@
+"""The stage that compresses step by step as far as a metric allows, and goes back where it went too far."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_xai_compress.budget import CLOSE, VALUE_BITS, points_lost
+from lightning_xai_compress.callbacks.best import Best, fill
+from lightning_xai_compress.callbacks.budget import Budget
+from lightning_xai_compress.callbacks.session import Session
+from lightning_xai_compress.callbacks.stage import Planned
+from lightning_xai_compress.checks import check_number
+
+__all__ = ["AccuracyBudget"]
+
+_FIRST = 0.12  # of the dense bytes: what the first step asks for; some pruning and about three bits are free
+_RATIO = 0.7  # of the bytes that the next step asks for
+_FINEST = 0.97  # ratio beyond which steps grow no finer
+_CLOSE = 0.02  # of the bytes asked for: a round may ask for a little too much
+_PATIENCE = 1  # validations that a state may need to heal
+
+
+class AccuracyBudget(Budget):
+    """Compress as far as a validation metric allows.
+
+    Each validation ends a round. Where the metric has lost no more than `max_drop` since compression began, the state
+    is kept and the next round asks for fewer bytes; where it has lost more, another round may heal it, then the last
+    state that was kept comes back, and steps get smaller. The fit ends at the smallest state that kept the budget.
+    Rounds are as long as validations are apart: `Trainer(val_check_interval=0.25)` gives four an epoch. A learning
+    rate at which the dense model would keep its metric lets rounds be judged fairly.
+
+    To be used beside `RelevancePruning` and `MixedPrecision`, whose settings it goes by, and `CompressedExport`,
+    whose metric and mode it takes.
+
+    Args:
+        max_drop: What the metric may lose, in points: hundredths where the dense value lies in [-1, 1], such as an
+            accuracy as a share, else units of the metric.
+
+    Raises:
+        ValueError: Not positive; (in fit) without metric, mode or validation, or beside a sparsity.
+    """
+
+    leads: ClassVar[bool] = True
+
+    def __init__(self, max_drop: float) -> None:
+        super().__init__()
+        self.max_drop = check_number("max_drop", max_drop)
+        if self.max_drop <= 0:
+            raise ValueError(f"max_drop must be positive (points that the metric may lose), got {max_drop}")
+        self._reference: float | None = None  # metric when compression began
+        self._size = 0.0
+        self._ratio = _RATIO
+        self._waited = 0
+        self._verdict: bool | None = None  # of the latest validation, until it is acted on
+        self._step = -1  # at which the present weights were measured
+        self._kept = Best("min")
+        self._least = math.inf  # points lost by the best compressed state so far
+
+    @property
+    def label(self) -> str:
+        """The setting."""
+        return f"max_drop={self.max_drop}"
+
+    def begin(self, session: Session) -> None:
+        """See that there is something to judge by."""
+        super().begin(session)
+        if self.export is None or not self.export.accuracy.label:
+            raise ValueError(f"{self.label} needs metric=: what may drop")
+        if self.export.mode is None:
+            raise ValueError(
+                f"{self.label} needs mode='max' or 'min': {self.export.accuracy.label} does not tell which is better"
+            )
+        if not sum(session.trainer.num_val_batches):
+            raise ValueError(f"{self.label} is judged at validations, but this fit has none: give a val_dataloader")
+        if session.averaging.present:
+            raise ValueError(
+                f"{self.label} cannot go back under a callback that averages weights: leave one of them out"
+            )
+        self._first = session.clock.check("start of pruning", self.pruning.start)
+
+    def planned(self, batch: int) -> Planned:
+        """Nobody knows."""
+        return Planned(budget=f"at most {self.max_drop:g} points lost") if batch >= self._first else Planned()
+
+    def phases(self) -> list[tuple[int, str]]:
+        """Where it begins."""
+        return [(self._first, "compression")]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the weights are compressed: every state from then on may be the last."""
+        return self._reference is not None
+
+    def advance(self, session: Session, batch: int) -> None:
+        """Act on the latest validation."""
+        if session.stopped():
+            return
+        if self._reference is None:
+            if batch >= self._first and not self._waits_for_metric(session):
+                self._begin(session, batch)
+            return
+        if self._verdict is None:
+            return
+        within, self._verdict = self._verdict, None
+        if within:
+            self._waited = 0
+            self._ratio = max(_RATIO, self._ratio**2)
+            self._size = self._kept.bytes
+        elif self._waited < _PATIENCE or self._least > self.max_drop:  # the latter: there is nothing to go back to
+            self._waited += 1
+            return
+        else:
+            self._waited = 0
+            self._ratio = min(math.sqrt(self._ratio), _FINEST)
+            self._go_back(session, batch)
+        self._shrink(session, batch)
+
+    def _waits_for_metric(self, session: Session) -> bool:
+        """A named metric is known from the first validation on."""
+        assert self.export is not None
+        return not self.export.accuracy.measures and not self.export.accuracy.logged
+
+    def _begin(self, session: Session, batch: int) -> None:
+        assert self.export is not None
+        session.start(batch)
+        self._reference = self.export.dense_accuracy
+        self._size = self.dense * _FIRST / self._ratio
+        self._shrink(session, batch)
+
+    def _shrink(self, session: Session, batch: int) -> None:
+        """Ask for fewer bytes."""
+        scores = session.rescore(batch)
+        if scores is None:
+            return
+        wanted = self._size * self._ratio
+        low = session.latent.mask().sparsity
+        found = self.drafts(session, scores).pruned(wanted, VALUE_BITS, low=low, close=_CLOSE)
+        self.apply(session, found)
+        self._size = wanted
+        session.record(
+            "compressed",
+            batch,
+            f"compressed to {found.bytes:,} bytes ({found.mask.sparsity:.1%} pruned)",
+            sparsity=found.mask.sparsity,
+            bytes=found.bytes,
+        )
+
+    def lost(self, value: float) -> float:
+        """Points lost since compression began; negative where the metric is better."""
+        assert self._reference is not None
+        assert self.export is not None
+        return points_lost(self._reference, value, self.export.mode or "max")
+
+    def measured(self, session: Session, value: float | None) -> None:
+        """Judge the weights that were validated, and keep them where they are the smallest within the budget."""
+        super().measured(session, value)
+        if self._reference is None or value is None:
+            return
+        lost, size = self.lost(value), self.path[-1].bytes
+        self._verdict, self._step = lost <= self.max_drop, session.trainer.global_step
+        smaller, alike = size < self._kept.bytes * (1 - CLOSE), size <= self._kept.bytes * (1 + CLOSE)
+        first = self._least > self.max_drop  # nothing has kept the budget so far
+        if (self._verdict and (first or smaller or (alike and lost < self._least))) or (first and lost < self._least):
+            self._least = lost
+            self._kept.keep(value, session.epoch_after_batch(), session.module, session.averaging.latent_state())
+            self._kept.bytes = size
+
+    def _go_back(self, session: Session, batch: int) -> None:
+        session.latent.settle()
+        fill(session.module, self._kept.weights)
+        session.latent.load_state_dict(self._kept.latent)
+        self._size = self._kept.bytes
+        session.record(
+            "rolled back",
+            batch,
+            f"rolled back to the {self._kept.bytes:,} bytes of epoch {self._kept.epoch:.2f}",
+            bytes=self._kept.bytes,
+        )
+
+    def finish(self, session: Session) -> None:
+        """End at the smallest state that kept the budget, or else at the best."""
+        value = self._kept.value
+        if self._reference is None or value is None:
+            self.outcome = f"{self.label} was not judged: no validation measured the metric after compression began"
+            rank_zero_warn(self.outcome)
+            return
+        assert self.export is not None
+        if self._step != session.trainer.global_step or self.path[-1].metric != value:
+            self._go_back(session, session.batch)
+            self.export.accuracy.restate(session, value, self._kept.epoch)
+        if self._least <= self.max_drop:
+            self.outcome = f"max_drop: {self._least:+.2f} of {self.max_drop:g} points lost, {self._kept.bytes:,} bytes"
+            return
+        self.outcome = (
+            f"max_drop={self.max_drop:g} is missed by {self._least - self.max_drop:.2f} points: the best compressed "
+            f"state lost {self._least:.2f} at {self._kept.bytes:,} bytes. Train longer, validate more often, or lower "
+            "the learning rate"
+        )
+        rank_zero_warn(self.outcome)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next round goes by, the kept weights included."""
+        own = {
+            "reference": self._reference,
+            "size": self._size,
+            "ratio": self._ratio,
+            "waited": self._waited,
+            "verdict": self._verdict,
+            "step": self._step,
+            "least": self._least,
+            "kept": self._kept.state(),
+        }
+        return {**super().state(), "rounds": own}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up or begin."""
+        super().load(state)
+        own = state.get("rounds", {})
+        self._reference, self._size, self._ratio = own.get("reference"), own.get("size", 0.0), own.get("ratio", _RATIO)
+        self._waited, self._verdict, self._step = own.get("waited", 0), own.get("verdict"), own.get("step", -1)
+        self._least = own.get("least", math.inf)
+        self._kept = Best("min")
+        self._kept.load(own.get("kept", {}))

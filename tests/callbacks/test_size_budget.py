@@ -1,0 +1,132 @@
+"""A size that the user names: met from below, whatever training moves, or refused before it."""
+
+import pytest
+import torch
+
+from lightning_xai_compress import BudgetError, CompressedExport, Files, Pruning, SizeBudget, load_compressed
+
+from budgets import Stop, WideNet, budgeted
+from toy import ToyNet, fit
+
+
+def file_bytes(folder):
+    return (folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("share", [0.25, 0.1, 0.06])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bits": (4,)}, {"criterion": "magnitude"}, {"selection": "nonpositive"}, {"files": Files(float16=True)}],
+    ids=["default", "one width", "magnitude", "nonpositive", "float16"],
+)
+def test_the_file_is_within_two_percent_of_the_target_from_below(tmp_path, share, settings):
+    callback = budgeted(tmp_path, target_size=share, **settings)
+
+    model, _ = fit(tmp_path, [callback], model=WideNet)
+
+    target = int(share * callback.report.dense.bytes)
+    if share == 0.25 and "bits" in settings:  # four bits for all weights are less
+        assert "bytes with nothing pruned, 6,898 were allowed" in callback.report.budget
+        assert callback.report.sparsity == 0
+        assert file_bytes(tmp_path) < target
+        return
+    assert 0.98 * target <= file_bytes(tmp_path) <= target
+    loaded = load_compressed(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[name], each) for name, each in model.state_dict().items())
+
+
+def test_a_number_of_bytes_is_a_target_too(tmp_path):
+    callback = budgeted(tmp_path, target_size=2500)
+
+    fit(tmp_path, [callback], model=WideNet)
+
+    assert 2450 <= file_bytes(tmp_path) <= 2500
+    assert callback.report.budget.startswith(f"target_size: {file_bytes(tmp_path):,} of 2,500 bytes")
+
+
+def test_every_validated_state_stands_in_the_report_with_its_bytes(tmp_path):
+    callback = budgeted(tmp_path, target_size=0.1, metric="val_acc")
+
+    fit(tmp_path, [callback], model=WideNet)
+
+    path = callback.report.path
+    assert [point.epoch for point in path] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert path[-1].bytes == callback.report.compressed.bytes == file_bytes(tmp_path)
+    assert path[-1].metric == callback.report.compressed.accuracy
+    assert path[0].average_bits is None
+    assert path[0].bytes > path[2].bytes > path[-1].bytes
+    assert callback.report == type(callback.report).read(tmp_path / "report.json")
+
+
+def test_an_estimate_is_printed_before_training(tmp_path, capsys):
+    fit(tmp_path, [budgeted(tmp_path, target_size=2500)], model=WideNet)
+
+    table = capsys.readouterr().out.split("bytes, dense")[0]
+    assert "2,500 bytes" in table
+    last = next(line for line in table.splitlines() if "quantized training" in line)
+    estimate = float(last.split("~")[2].split()[0])
+    assert estimate == pytest.approx(2.5, rel=0.1)
+
+
+def test_a_resumed_fit_meets_the_size_with_the_weights_of_the_uninterrupted_one(tmp_path):
+    whole, _ = fit(tmp_path / "whole", [budgeted(tmp_path / "whole", target_size=0.1)], model=WideNet)
+
+    for epochs in (3, 6):  # within the ramp, and in quantized training
+        checkpoint = tmp_path / f"{epochs}.ckpt"
+        part = budgeted(tmp_path / "part", target_size=0.1)
+        fit(tmp_path / "part", [part, Stop(epochs, checkpoint)], model=WideNet)
+        again = budgeted(tmp_path / "again", target_size=0.1)
+        resumed, _ = fit(tmp_path / "again", [again], model=WideNet, ckpt_path=checkpoint)
+
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+        assert [point.epoch for point in again.report.path] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_file_that_cannot_be_so_small_is_refused_before_training(tmp_path):
+    with pytest.raises(BudgetError, match=r"target_size cannot be met: 700 bytes are wanted, but .* still has \d,\d+"):
+        fit(tmp_path, [budgeted(tmp_path, target_size=700)], model=WideNet)
+
+
+def test_protected_layers_larger_than_the_target_are_refused_before_training(tmp_path):
+    callback = budgeted(tmp_path, target_size=0.06, pruning=Pruning(protect=("middle",)))
+
+    with pytest.raises(BudgetError, match="exclude or protect less"):
+        fit(tmp_path, [callback], model=WideNet)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"target_size": 0.1, "max_drop": 0.5}, r"target_size=0.1 and max_drop=0.5 contradict each other"),
+        ({"target_size": 1.5}, "share of the dense file between 0 and 1, such as 0.02, or .* bytes, got 1.5"),
+        ({"target_size": 0}, "or a whole number of bytes, got 0"),
+        ({"target_size": "2 kB"}, "target_size must be a number, got '2 kB'"),
+        ({"max_drop": -1}, "max_drop must be positive"),
+    ],
+)
+def test_settings_out_of_range_are_refused_at_once(settings, text):
+    with pytest.raises(ValueError, match=text):
+        budgeted("nowhere", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"target_size": 0.1, "sparsity": 0.5}, "target_size=0.1 chooses the sparsity, but sparsity=0.5 is given, too"),
+        ({"target_size": 0.1, "average_bits": 3.0}, "chooses the bits, but average_bits=3.0 is given, too"),
+        ({"target_size": 0.1, "selection": "literal"}, "selection='literal' has its own"),
+        ({"target_size": 10**6}, "is no smaller than the dense file"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_before_training(tmp_path, settings, text):
+    model = WideNet()
+
+    with pytest.raises(ValueError, match=text):
+        fit(tmp_path, [budgeted(tmp_path, **settings)], model=model)
+
+    assert not model.losses
+
+
+def test_a_budget_alone_says_which_stages_it_needs(tmp_path):
+    with pytest.raises(ValueError, match="SizeBudget needs RelevancePruning and MixedPrecision in the same Trainer"):
+        fit(tmp_path, [SizeBudget(0.1), CompressedExport(export_dir=str(tmp_path))], model=ToyNet)
