@@ -220,7 +220,7 @@ def test_a_run_starts_from_the_dense_checkpoint_and_its_file_is_what_is_measured
 def test_a_kept_base_is_not_trained_again_unless_the_recipe_changes(small, monkeypatch):
     dense = small.tasks.Base("lenet", 0, "dense")
     first = small.fit.fit_base(dense, small.recipe, small.cache)
-    monkeypatch.setattr(small.fit, "_fit", lambda *_, **__: pytest.fail("it trains"))
+    monkeypatch.setattr(small.fit, "train", lambda *_, **__: pytest.fail("it trains"))
 
     assert small.fit.fit_base(dense, small.recipe, small.cache) == first
     assert small.fit.fit_base(dense, replace(small.recipe, pruning_end=0.5), small.cache) == first

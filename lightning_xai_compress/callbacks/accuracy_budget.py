@@ -138,15 +138,8 @@ class AccuracyBudget(Budget):
         wanted = self._size * self._ratio
         low = session.latent.mask().sparsity
         found = self.drafts(session, scores).pruned(wanted, VALUE_BITS, low=low, close=_CLOSE)
-        self.apply(session, found)
+        self.apply(session, found, batch, "compressed")
         self._size = wanted
-        session.record(
-            "compressed",
-            batch,
-            f"compressed to {found.bytes:,} bytes ({found.mask.sparsity:.1%} pruned)",
-            sparsity=found.mask.sparsity,
-            bytes=found.bytes,
-        )
 
     def lost(self, value: float) -> float:
         """Points lost since compression began; negative where the metric is better."""

@@ -108,10 +108,13 @@ class Budget(CompressionCallback, Stage):
             provenance=session.provenance,
         )
 
-    def apply(self, session: Session, candidate: Candidate) -> None:
-        """Make a candidate real."""
+    def apply(self, session: Session, candidate: Candidate, batch: int, event: str) -> None:
+        """Make a candidate real, and remember it as an event of this name."""
         session.latent.apply_mask(candidate.mask)
         session.latent.apply_bits(candidate.allocated.allocation, candidate.allocated.scales)
+        sparsity = candidate.mask.sparsity
+        message = f"{event} to {candidate.bytes:,} bytes ({sparsity:.2%} pruned)"
+        session.record(event, batch, message, sparsity=sparsity, bytes=candidate.bytes)
 
     def bytes(self, session: Session) -> int:
         """Of the packed file of the present model."""
@@ -211,7 +214,7 @@ class SizeBudget(Budget):
             return
         scores = session.rescore(batch)
         if scores is not None:
-            self._make_real(session, self._filling(session, scores, self.target * (1 - _ROOM)), batch)
+            self.apply(session, self._filling(session, scores, self.target * (1 - _ROOM)), batch, "corrected")
 
     def after_batch(self, session: Session) -> None:
         """After the last batch of an epoch: what validates fits the target."""
@@ -250,15 +253,5 @@ class SizeBudget(Budget):
             return
         plan = session.latent.plan()
         drafts = self.drafts(session, scores)
-        self._make_real(session, drafts.trimmed(self.target, plan), batch)
+        self.apply(session, drafts.trimmed(self.target, plan), batch, "corrected")
         session.batchnorm.refresh(again=True)
-
-    def _make_real(self, session: Session, found: Candidate, batch: int) -> None:
-        self.apply(session, found)
-        session.record(
-            "corrected",
-            batch,
-            f"corrected to {found.bytes:,} bytes ({found.mask.sparsity:.2%} pruned)",
-            sparsity=found.mask.sparsity,
-            bytes=found.bytes,
-        )

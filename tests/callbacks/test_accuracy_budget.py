@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_xai_compress import load_compressed
 
 from budgets import Stop, WideNet, budgeted
-from toy import Corners, fit
+from toy import fit
 
 
 class GradedNet(WideNet):
@@ -139,9 +139,6 @@ def test_what_it_cannot_go_by_is_refused_before_training(tmp_path, settings, tex
 
 
 def test_a_fit_without_validation_is_refused(tmp_path):
-    class Unvalidated(Corners):
-        val_dataloader = None
-
     with pytest.raises(ValueError, match="judged at validations, but this fit has none"):
         fit(tmp_path, [graded(tmp_path)], model=GradedNet, limit_val_batches=0)
 
