@@ -196,6 +196,8 @@ def check_target_size(target_size: float | int) -> float | int:
         ValueError: Neither.
     """
     value: float | int = check_number("target_size", target_size)
+    if value > 1 and value == int(value):  # a config's whole numbers may come as floats
+        value = int(value)
     if (isinstance(value, int) and value >= 1) or 0 < value < 1:
         return value
     raise ValueError(

@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_xai_compress import BudgetError, CompressedExport, Files, Pruning, SizeBudget, load_compressed
+from lightning_xai_compress import (
+    BudgetError,
+    CompressedExport,
+    Files,
+    Pruning,
+    SizeBudget,
+    XAICompression,
+    load_compressed,
+)
 
 from budgets import Stop, WideNet, budgeted
 from toy import ToyNet, fit
@@ -42,6 +52,34 @@ def test_a_number_of_bytes_is_a_target_too(tmp_path):
 
     assert 2450 <= file_bytes(tmp_path) <= 2500
     assert callback.report.budget.startswith(f"target_size: {file_bytes(tmp_path):,} of 2,500 bytes")
+
+
+def test_a_config_names_a_share_or_a_number_of_bytes():
+    parser = LightningArgumentParser()
+    parser.add_class_arguments(XAICompression, "c")
+
+    for given, meant in (("0.02", 0.02), ("20000", 20_000)):
+        for config in (
+            parser.parse_args([f"--c.target_size={given}"]),
+            parser.parse_string(f"c: {{target_size: {given}}}"),
+        ):
+            stages = parser.instantiate_classes(config).c.stages()
+            found = next(stage for stage in stages if isinstance(stage, SizeBudget)).target_size
+            assert found == meant
+            assert type(found) is type(meant)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_size": 0.1}, {"max_drop": 1.0, "metric": MulticlassAccuracy(4), "warmup": 0}]
+)
+def test_a_trial_of_one_batch_goes_through_every_phase(tmp_path, settings):
+    callback = budgeted(tmp_path, **settings)
+
+    fit(tmp_path, [callback], model=WideNet, fast_dev_run=True)
+
+    assert callback.report.average_bits < 8
+    assert callback.report.reduction > 0.8
+    assert callback.report.budget
 
 
 def test_every_validated_state_stands_in_the_report_with_its_bytes(tmp_path):
