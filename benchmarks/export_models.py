@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
 from lightning_xai_compress import CompressionPlan, XAICompression
@@ -23,7 +22,7 @@ from lightning_xai_compress.plan import BitAllocation, Mask
 from lightning_xai_compress.quantization import fit_scales, quantize
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from data import FashionMNISTData
+from data import FashionMNISTData, ImageDataset
 from models import FashionNet
 
 __all__ = ["MODELS", "SEED", "bit_packed", "compress", "fp32", "train_fashion"]
@@ -104,7 +103,7 @@ class FirstImages(FashionMNISTData):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self.train = TensorDataset(*(tensor[: self.count] for tensor in self.train.tensors))
+        self.train = ImageDataset(*(tensor[: self.count] for tensor in self.train.tensors))
 
 
 def train_fashion(
