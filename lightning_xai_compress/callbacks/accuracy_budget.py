@@ -57,6 +57,7 @@ class AccuracyBudget(Budget):
         self._verdict: bool | None = None  # of the latest validation, until it is acted on
         self._step = -1  # at which the present weights were measured
         self._kept = Best("min")
+        self._positives = 0  # of what was pruned in that state
         self._least = math.inf  # points lost by the best compressed state so far
 
     @property
@@ -138,7 +139,7 @@ class AccuracyBudget(Budget):
         wanted = self._size * self._ratio
         low = session.latent.mask().sparsity
         found = self.drafts(session, scores).pruned(wanted, VALUE_BITS, low=low, close=_CLOSE)
-        self.apply(session, found, batch, "compressed")
+        self.apply(session, scores, found, batch, "compressed")
         self._size = wanted
 
     def lost(self, value: float) -> float:
@@ -159,13 +160,13 @@ class AccuracyBudget(Budget):
         if (self._verdict and (first or smaller or (alike and lost < self._least))) or (first and lost < self._least):
             self._least = lost
             self._kept.keep(value, session.epoch_after_batch(), session.module, session.averaging.latent_state())
-            self._kept.bytes = size
+            self._kept.bytes, self._positives = size, self.pruning.positives
 
     def _go_back(self, session: Session, batch: int) -> None:
         session.latent.settle()
         fill(session.module, self._kept.weights)
         session.latent.load_state_dict(self._kept.latent)
-        self._size = self._kept.bytes
+        self._size, self.pruning.positives = self._kept.bytes, self._positives
         session.record(
             "rolled back",
             batch,
@@ -204,6 +205,7 @@ class AccuracyBudget(Budget):
             "verdict": self._verdict,
             "step": self._step,
             "least": self._least,
+            "positives": self._positives,
             "kept": self._kept.state(),
         }
         return {**super().state(), "rounds": own}
@@ -214,6 +216,6 @@ class AccuracyBudget(Budget):
         own = state.get("rounds", {})
         self._reference, self._size, self._ratio = own.get("reference"), own.get("size", 0.0), own.get("ratio", _RATIO)
         self._waited, self._verdict, self._step = own.get("waited", 0), own.get("verdict"), own.get("step", -1)
-        self._least = own.get("least", math.inf)
+        self._least, self._positives = own.get("least", math.inf), own.get("positives", 0)
         self._kept = Best("min")
         self._kept.load(own.get("kept", {}))

@@ -24,7 +24,7 @@ from lightning_xai_compress.callbacks.pruning import RelevancePruning
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Planned, Stage
 from lightning_xai_compress.formats import Files
-from lightning_xai_compress.plan import CompressionPlan, ScoreMap
+from lightning_xai_compress.plan import CompressionPlan, Mask, ScoreMap
 from lightning_xai_compress.quantization import Allocated
 from lightning_xai_compress.report import PathPoint, dense_bytes
 
@@ -108,9 +108,17 @@ class Budget(CompressionCallback, Stage):
             provenance=session.provenance,
         )
 
-    def apply(self, session: Session, candidate: Candidate, batch: int, event: str) -> None:
+    def prune(self, session: Session, scores: ScoreMap, mask: Mask) -> None:
+        """Make a mask real, and count what goes although its relevance is positive."""
+        before = session.latent.mask()
+        for name, keep in mask.keep.items():
+            gone = before[name] & ~keep.to(before[name].device)
+            self.pruning.positives += int((gone & (scores.relevance[name].to(gone.device) > 0)).sum())
+        session.latent.apply_mask(mask)
+
+    def apply(self, session: Session, scores: ScoreMap, candidate: Candidate, batch: int, event: str) -> None:
         """Make a candidate real, and remember it as an event of this name."""
-        session.latent.apply_mask(candidate.mask)
+        self.prune(session, scores, candidate.mask)
         session.latent.apply_bits(candidate.allocated.allocation, candidate.allocated.scales)
         sparsity = candidate.mask.sparsity
         message = f"{event} to {candidate.bytes:,} bytes ({sparsity:.2%} pruned)"
@@ -196,7 +204,7 @@ class SizeBudget(Budget):
     def quantized(self, session: Session, scores: ScoreMap) -> Allocated:
         """Widths that fill the target when quantized training begins; where none do, some more weights go first."""
         found = self._filling(session, scores, self.target * (1 - _ROOM))
-        session.latent.apply_mask(found.mask)
+        self.prune(session, scores, found.mask)
         return found.allocated
 
     def _filling(self, session: Session, scores: ScoreMap, limit: float) -> Candidate:
@@ -214,7 +222,8 @@ class SizeBudget(Budget):
             return
         scores = session.rescore(batch)
         if scores is not None:
-            self.apply(session, self._filling(session, scores, self.target * (1 - _ROOM)), batch, "corrected")
+            found = self._filling(session, scores, self.target * (1 - _ROOM))
+            self.apply(session, scores, found, batch, "corrected")
 
     def after_batch(self, session: Session) -> None:
         """After the last batch of an epoch: what validates fits the target."""
@@ -253,5 +262,5 @@ class SizeBudget(Budget):
             return
         plan = session.latent.plan()
         drafts = self.drafts(session, scores)
-        self.apply(session, drafts.trimmed(self.target, plan), batch, "corrected")
+        self.apply(session, scores, drafts.trimmed(self.target, plan), batch, "corrected")
         session.batchnorm.refresh(again=True)

@@ -49,6 +49,8 @@ def test_the_fit_ends_at_the_smallest_state_that_kept_the_budget(tmp_path):
     assert all(torch.equal(loaded[name], each) for name, each in model.state_dict().items())
     zeros = sum(int((each == 0).sum()) for name, each in loaded.items() if name.endswith("weight"))
     assert zeros / 6656 <= 0.9
+    # those of states that were given up do not count
+    assert 0 < report.positive_pruned < round(6656 * report.sparsity)
 
 
 def test_steps_get_finer_where_they_went_too_far(tmp_path):
@@ -117,6 +119,7 @@ def test_a_resumed_fit_goes_through_the_same_rounds(tmp_path, uninterrupted, epo
 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
     assert again.report.path == whole.report.path
+    assert again.report.positive_pruned == whole.report.positive_pruned > 0
     assert again.report.history == whole.report.history
 
 
