@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fashion_grid import DEFAULT, LAMP_MIXED, MAGNITUDE_UNIFORM
-from fashion_tasks import Budget, Method, Run
+from fashion_tasks import Budget, Method, Run, RunResult
 
 __all__ = [
     "AT_LEAST",
@@ -49,36 +49,22 @@ EQUAL_BYTES = 1.02  # ratio of two files that count as equal
 NOT_LESS = 1e-9  # 0.3 points are not 0.3 in binary
 
 
-@dataclass(frozen=True)
-class Row:
-    """What a run came to; accuracies in percent, of test images."""
+@dataclass(frozen=True, kw_only=True)
+class Row(RunResult):
+    """What a run came to, beside the test accuracy of its control in percent."""
 
     run: Run
-    val: float
-    test: float
     control_test: float
-    bytes: int
-    dense_bytes: int
-    target: int | None
-    sparsity: float
-    average_bits: float | None
-    seconds: float
 
     @property
     def drop(self) -> float:
         """Points lost against the dense model trained as long."""
         return self.control_test - self.test
 
-    @property
-    def reduction(self) -> float:
-        """Share of the dense bytes that is saved."""
-        return 1 - self.bytes / self.dense_bytes
-
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Row:
         """From an entry of the results."""
-        names = [name for name in cls.__dataclass_fields__ if name != "run"]
-        return cls(Run.read(values), **{name: values[name] for name in names})
+        return cls(run=Run.read(values), **{name: values[name] for name in cls.__dataclass_fields__ if name != "run"})
 
 
 Table = Mapping[Run, Mapping[int, Row]]  # case -> seed -> row

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_xai_compress import Files, Pruning, Scoring, XAICompression, load_compressed
+from lightning_xai_compress import Distillation, Files, Pruning, Scoring, XAICompression, load_compressed
 from lightning_xai_compress.report import dense_bytes
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
@@ -28,6 +28,7 @@ from runner import silence
 __all__ = [
     "Data",
     "checkpoint",
+    "common_settings",
     "digest",
     "fit_base",
     "fit_run",
@@ -146,13 +147,17 @@ def compression_of(run: Run, recipe: Recipe, folder: Path) -> XAICompression:
         settings["scoring"] = Scoring(samples=recipe.scoring_samples)
     if recipe.pruning_steps is not None:
         settings["pruning"] = Pruning(steps=recipe.pruning_steps)
-    return XAICompression(
-        warmup=0,
-        pruning_end=recipe.pruning_end,
-        export_dir=str(folder),
-        files=Files(float16=True, merge_batchnorm=True),
-        **settings,
-    )
+    return XAICompression(export_dir=str(folder), **common_settings(recipe), **settings)
+
+
+def common_settings(recipe: Recipe) -> dict[str, Any]:
+    """Settings of `XAICompression` that are the same for everyone."""
+    return {
+        "warmup": 0,
+        "pruning_end": recipe.pruning_end,
+        "files": Files(float16=True, merge_batchnorm=True),
+        "distillation": None if recipe.distillation is None else Distillation(recipe.distillation),
+    }
 
 
 def network(name: str, seed: int, learning_rate: float = 0.0) -> ImageClassifier:

@@ -1,7 +1,7 @@
 """Which function of relevance and weight ranks weights best: the family Q^a |w'|, its starts, and LAMP's normalization.
 
     python benchmarks/score_study.py [--models lenet cnn] [--reductions 97.5 99] [--scores NAME ...] [--seeds 0 1 2]
-                                     [--epochs N] [--output FILE.json]
+                                     [--epochs N] [--untaught] [--output FILE.json]
 
 Every score compresses the same dense checkpoint of `fashion_bench.py` (which is trained if it is not there) to the
 same bytes by the same recipe. Judged is the file read back, on the 5,000 validation images: the test images are not
@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xai_compress import Files, Pruning, ScoreMap, XAICompression, load_compressed, score
+from lightning_xai_compress import Pruning, ScoreMap, XAICompression, load_compressed, score
 from lightning_xai_compress.tables import table
 
 from common import RESULTS, Results, environment
-from fashion_fit import Data, checkpoint, fit_base, load_dense, network, prepare, train, trainer_of
+from fashion_fit import Data, checkpoint, common_settings, fit_base, load_dense, network, prepare, train, trainer_of
 from fashion_grid import FULL, Recipe
 from fashion_tasks import DENSE, Base
 
@@ -46,19 +46,21 @@ def main() -> None:
     parser.add_argument("--scores", nargs="+", default=[*SCORES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=FULL.epochs)
+    parser.add_argument("--untaught", action="store_true", help="without the dense model as a teacher")
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmark"))
     parser.add_argument("--output", type=Path, default=RESULTS / "score_study.json")
     arguments = parser.parse_args()
     prepare()
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"runs": {}}
     results = Results(arguments.output, **{**found, "environment": environment(arguments.seeds)})
-    recipe = replace(FULL, epochs=arguments.epochs)
+    recipe = replace(FULL, epochs=arguments.epochs, distillation=None if arguments.untaught else FULL.distillation)
+    marked = ("untaught",) * arguments.untaught
     for seed in arguments.seeds:
         for model in arguments.models:
             fit_base(Base(model, seed, DENSE), FULL, arguments.cache)
             for reduction in arguments.reductions:
                 for name in arguments.scores:
-                    key = f"{model}/{name}/{reduction:g}/{arguments.epochs}/seed{seed}"
+                    key = "/".join((model, name, *marked, f"{reduction:g}", str(arguments.epochs), f"seed{seed}"))
                     if key not in results.content["runs"]:
                         results.add("runs", key, **run(model, name, reduction, seed, recipe, arguments.cache))
                         print(key, results.content["runs"][key], flush=True)
@@ -76,10 +78,8 @@ def run(model: str, name: str, reduction: float, seed: int, recipe: Recipe, cach
         criterion=member(base) if base[0] == "q" or base == "sign" else base,
         pruning=Pruning(normalization="lamp" if normalized else None),
         selection="least",
-        warmup=0,
-        pruning_end=recipe.pruning_end,
         export_dir=str(folder),
-        files=Files(float16=True, merge_batchnorm=True),
+        **common_settings(recipe),
     )
     seconds = train(net, seed, recipe, [compression])
     read = load_compressed(folder / "model.safetensors", network(model, seed))
@@ -117,7 +117,8 @@ def summary(runs: Mapping[str, Mapping[str, float]]) -> str:
     """A row a score, a column a network and size; means over seeds."""
     cells: dict[str, dict[str, list[float]]] = {}
     for key, values in runs.items():
-        model, name, reduction, epochs, _ = key.split("/")
+        model, *named, reduction, epochs, _ = key.split("/")
+        name = ", ".join(named)
         cells.setdefault(name, {}).setdefault(f"{model} {reduction} %, {epochs} epochs", []).append(values["val"])
     columns = list(dict.fromkeys(column for each in cells.values() for column in each))
     rows = [

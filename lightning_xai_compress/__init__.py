@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lightning_xai_compress.callbacks import (
         AccuracyBudget,
         CompressedExport,
+        DenseTeacher,
+        Distillation,
         MixedPrecision,
         Pruning,
         Quantization,
@@ -46,6 +48,8 @@ __all__ = [
     "CompressedExport",
     "CompressionError",
     "CompressionPlan",
+    "DenseTeacher",
+    "Distillation",
     "Files",
     "HeatMaps",
     "Inputs",
@@ -77,6 +81,8 @@ _ROOMS = {
     "callbacks": (
         "AccuracyBudget",
         "CompressedExport",
+        "DenseTeacher",
+        "Distillation",
         "MixedPrecision",
         "Pruning",
         "Quantization",

@@ -29,8 +29,8 @@ def rows(bench, tests, method="default", value=97.5, *, control=93.0, size=34_00
     """A row a seed, of these test accuracies; the first one belongs to seed 0."""
     return [
         bench.checks.Row(
-            run_of(bench, method, value, seed=seed, **of), test, test, control, size, DENSE_BYTES,
-            34_048 if of.get("kind", "size") == "size" else None, 0.9, 3.0, 1.0,
+            test, test, size, DENSE_BYTES, 34_048 if of.get("kind", "size") == "size" else None, 0.9, 3.0, 1.0,
+            9, "", "", run=run_of(bench, method, value, seed=seed, **of), control_test=control,
         )
         for seed, test in enumerate(tests)
     ]  # fmt: skip

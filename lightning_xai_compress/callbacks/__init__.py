@@ -3,6 +3,7 @@
 from lightning_xai_compress.callbacks.accuracy_budget import AccuracyBudget
 from lightning_xai_compress.callbacks.budget import SizeBudget
 from lightning_xai_compress.callbacks.compress import XAICompression
+from lightning_xai_compress.callbacks.distillation import DenseTeacher, Distillation
 from lightning_xai_compress.callbacks.export import CompressedExport
 from lightning_xai_compress.callbacks.precision import MixedPrecision, Quantization
 from lightning_xai_compress.callbacks.pruning import Pruning, RelevancePruning
@@ -12,6 +13,8 @@ from lightning_xai_compress.callbacks.stage import Scoring
 __all__ = [
     "AccuracyBudget",
     "CompressedExport",
+    "DenseTeacher",
+    "Distillation",
     "MixedPrecision",
     "Pruning",
     "Quantization",

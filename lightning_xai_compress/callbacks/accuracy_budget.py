@@ -59,6 +59,8 @@ class AccuracyBudget(Budget):
         self._kept = Best("min")
         self._positives = 0  # of what was pruned in that state
         self._least = math.inf  # points lost by the best compressed state so far
+        self._tried: frozenset[str] = frozenset()  # metrics of the trial validation, where there was one
+        self._missed = False
 
     @property
     def label(self) -> str:
@@ -76,11 +78,21 @@ class AccuracyBudget(Budget):
             )
         if not sum(session.trainer.num_val_batches):
             raise ValueError(f"{self.label} is judged at validations, but this fit has none: give a val_dataloader")
+        if self._tried and not self.export.accuracy.measures and self.export.accuracy.label not in self._tried:
+            raise ValueError(
+                f"{self.label} is judged by metric={self.export.accuracy.label!r}, which the trial validation before "
+                f"training did not log; logged were {sorted(self._tried)}. Where the module leaves it out of that "
+                "trial on purpose: Trainer(num_sanity_val_steps=0)"
+            )
         if session.averaging.present:
             raise ValueError(
                 f"{self.label} cannot go back under a callback that averages weights: leave one of them out"
             )
         self._first = session.clock.check("start of pruning", self.pruning.start)
+
+    def tried(self, names: frozenset[str]) -> None:
+        """Remember, for a metric that never appears."""
+        self._tried = names
 
     def planned(self, batch: int) -> Planned:
         """Nobody knows."""
@@ -151,6 +163,13 @@ class AccuracyBudget(Budget):
     def measured(self, session: Session, value: float | None) -> None:
         """Judge the weights that were validated, and keep them where they are the smallest within the budget."""
         super().measured(session, value)
+        if not self._missed and self._waits_for_metric(session):
+            self._missed = True
+            assert self.export is not None
+            rank_zero_warn(
+                f"{self.label} waits for metric={self.export.accuracy.label!r}, which the validation of epoch "
+                f"{session.epoch_after_batch():.2f} did not log: nothing is compressed before it is there"
+            )
         if self._reference is None or value is None:
             return
         lost, size = self.lost(value), self.path[-1].bytes

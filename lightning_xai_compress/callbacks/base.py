@@ -60,6 +60,11 @@ class CompressionCallback(Callback):
             )
         trainer.callbacks = ordered(_callbacks(trainer), CompressionCallback)  # type: ignore[attr-defined]
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell which metrics there are: afterwards the trainer has forgotten them."""
+        for stage in self.stages():
+            stage.tried(frozenset(trainer.callback_metrics))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the session: only now are all layers, the training data and the optimizers there."""
         if self._leads(trainer):

@@ -31,7 +31,7 @@ from lightning_xai_compress.report import PathPoint, dense_bytes
 __all__ = ["Budget", "SizeBudget"]
 
 _ROOM = 0.003  # of the target: left free when quantized training begins, since codes drift
-_SLACK = 0.015  # of the target: a file smaller than that gets more bits
+_SLACK = 0.006  # of the target: a file smaller than that gets more bits
 _ALLOWED = 0.02  # of the target: what a file may be smaller
 
 

@@ -12,6 +12,7 @@ from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.best import Mode
 from lightning_xai_compress.callbacks.budget import Budget, SizeBudget
 from lightning_xai_compress.callbacks.clock import Moment, check_moment
+from lightning_xai_compress.callbacks.distillation import DenseTeacher, Distillation
 from lightning_xai_compress.callbacks.export import CompressedExport
 from lightning_xai_compress.callbacks.precision import MixedPrecision, Quantization
 from lightning_xai_compress.callbacks.pruning import Pruning, RelevancePruning
@@ -63,6 +64,8 @@ class XAICompression(CompressionCallback):
             widths).
         files: How files are written (integer types, 8-bit activations, float16, BatchNorm merged): Files(onnx_bits,
             activations, ranges, float16, merge_batchnorm).
+        distillation: Let the dense model teach, see `DenseTeacher`: Distillation(weight, temperature, module,
+            class_axis); None: not.
 
     Raises:
         ValueError: A setting out of range; the text says which, what came and what is expected.
@@ -92,6 +95,7 @@ class XAICompression(CompressionCallback):
         pruning: Pruning | None = None,
         quantization: Quantization | None = None,
         files: Files | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         check_moment("warmup", warmup)
@@ -104,14 +108,15 @@ class XAICompression(CompressionCallback):
             average_bits=average_bits, bits=bits, start=pruning_end, exclude=exclude, quantization=quantization
         )
         self._budget = _budget(target_size, max_drop)
+        self._teacher = None if distillation is None else DenseTeacher(distillation)
         self._export = CompressedExport(
             export_dir=export_dir, formats=formats, metric=metric, export=export, mode=mode, files=files
         )
 
     def stages(self) -> list[Stage]:
-        """All four, and the budget where there is one."""
+        """All four, and budget and teacher where they are asked for."""
         own: list[Stage] = [self._scoring, self._pruning, self._precision, self._export]
-        return own if self._budget is None else [*own, self._budget]
+        return own + [stage for stage in (self._budget, self._teacher) if stage is not None]
 
     @property
     def report(self) -> Report | None:

@@ -273,7 +273,7 @@ class Session:
     def after_batch(self, outputs: Any) -> None:
         """Close what a skipped step left open; a gradient scaler hides a loss that is not finite, so look at it."""
         self.latent.settle()
-        for stage in self.stages:
+        for stage in reversed(self.stages):
             stage.after_batch(self)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and not torch.isfinite(loss).all():

@@ -104,6 +104,9 @@ class Stage(ABC):
     def check_scores(self, scores: ScoreMap) -> None:  # noqa: B027
         """Refuse, before the first batch, what cannot be met with the layers whose relevance is known."""
 
+    def tried(self, names: frozenset[str]) -> None:  # noqa: B027
+        """The trial validation before training logged metrics of these names."""
+
     def phases(self) -> list[tuple[int, str]]:
         """Batches at which something happens, each with the phase that it belongs to, for the schedule."""
         return []

@@ -6,7 +6,7 @@ from lightning_xai_compress.relevance.calls import call_order
 from lightning_xai_compress.relevance.composites import COMPOSITE_NAMES, check_composite
 from lightning_xai_compress.relevance.ends import Ends, known_names
 from lightning_xai_compress.relevance.engine import Propagation, relevance_sums
-from lightning_xai_compress.relevance.explain import Explain, call_model, check_explain, split_batch
+from lightning_xai_compress.relevance.explain import Explain, call_model, check_explain, find_logits, split_batch
 from lightning_xai_compress.relevance.heatmaps import is_picture, save_heatmaps
 from lightning_xai_compress.relevance.isolation import evaluation, isolated, unwrapped
 from lightning_xai_compress.relevance.norms import input_norms
@@ -37,6 +37,7 @@ __all__ = [
     "check_explain",
     "check_statistics",
     "evaluation",
+    "find_logits",
     "forward",
     "input_norms",
     "is_picture",

@@ -108,7 +108,7 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
 
 
 def call_model(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call the model and find its logits: a tensor, `.logits`, ["logits"], ["out"], or the first of a tuple.
+    """Call the model and find its logits, see `find_logits`.
 
     Raises:
         RelevanceError: The output holds no such tensor.
@@ -118,6 +118,15 @@ def call_model(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     except TypeError as error:
         came = ", ".join([*map(_describe, args), *(f"{key}={_describe(value)}" for key, value in kwargs.items())])
         raise RelevanceError(f"the model could not be called with {came}: {error}; {_HINT}") from error
+    return find_logits(output)
+
+
+def find_logits(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, `.logits`, ["logits"], ["out"], or the first of a tuple.
+
+    Raises:
+        RelevanceError: It holds no such tensor.
+    """
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)

@@ -151,9 +151,30 @@ def test_averages_of_weights_are_refused(tmp_path):
         fit(tmp_path, [graded(tmp_path), WeightAveraging()], model=GradedNet)
 
 
-def test_a_metric_that_never_appears_is_said_at_the_end(tmp_path):
-    with pytest.warns(UserWarning, match="was not judged: no validation measured the metric after compression began"):
-        fit(tmp_path, [graded(tmp_path, metric="qality")], model=GradedNet)
+def test_a_metric_that_the_trial_validation_does_not_log_is_refused_before_training(tmp_path):
+    model = GradedNet()
+
+    with pytest.raises(ValueError, match=r"metric='qality', which the trial .* did not log; logged were \[.*'quality'"):
+        fit(tmp_path, [graded(tmp_path, metric="qality")], model=model, num_sanity_val_steps=1)
+
+    assert not model.losses
+
+
+def test_without_a_trial_a_metric_that_never_appears_is_said_after_the_first_validation_and_at_the_end(tmp_path):
+    with pytest.warns(UserWarning, match="was not judged: no validation measured the metric") as said:
+        fit(tmp_path, [graded(tmp_path, metric="qality")], model=GradedNet, num_sanity_val_steps=0)
+
+    waits = [str(each.message) for each in said if "waits for metric='qality'" in str(each.message)]
+    assert len(waits) == 1
+    assert "which the validation of epoch 1.00 did not log" in waits[0]
+
+
+def test_the_metric_that_the_trial_logs_is_taken(tmp_path):
+    callback = graded(tmp_path)
+
+    fit(tmp_path, [callback], model=GradedNet, num_sanity_val_steps=1)
+
+    assert callback.report.path
 
 
 def test_points_are_units_of_a_metric_beyond_one():
