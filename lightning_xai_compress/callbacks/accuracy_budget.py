@@ -150,9 +150,10 @@ class AccuracyBudget(Budget):
             return
         wanted = self._size * self._ratio
         low = session.latent.mask().sparsity
-        found = self.drafts(session, scores).pruned(wanted, VALUE_BITS, low=low, close=_CLOSE)
-        self.apply(session, scores, found, batch, "compressed")
-        self._size = wanted
+        with self.halting(session):
+            found = self.drafts(session, scores).pruned(wanted, VALUE_BITS, low=low, close=_CLOSE)
+            self.apply(session, scores, found, batch, "compressed")
+            self._size = wanted
 
     def lost(self, value: float) -> float:
         """Points lost since compression began; negative where the metric is better."""

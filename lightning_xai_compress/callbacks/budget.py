@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -23,6 +25,7 @@ from lightning_xai_compress.callbacks.precision import MixedPrecision
 from lightning_xai_compress.callbacks.pruning import RelevancePruning
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Planned, Stage
+from lightning_xai_compress.errors import RelevanceError
 from lightning_xai_compress.formats import Files
 from lightning_xai_compress.plan import CompressionPlan, Mask, ScoreMap
 from lightning_xai_compress.quantization import Allocated
@@ -108,6 +111,14 @@ class Budget(CompressionCallback, Stage):
             provenance=session.provenance,
         )
 
+    @contextmanager
+    def halting(self, session: Session) -> Iterator[None]:
+        """What cannot be scored leaves the weights as they are, and ends the compression, not the fit."""
+        try:
+            yield
+        except RelevanceError as error:
+            session.halt(f"weights could not be scored for their widths: {error}")
+
     def prune(self, session: Session, scores: ScoreMap, mask: Mask) -> None:
         """Make a mask real, and count what goes although its relevance is positive."""
         before = session.latent.mask()
@@ -191,7 +202,11 @@ class SizeBudget(Budget):
 
     def planned_sparsity(self, session: Session, scores: ScoreMap) -> float:
         """Where the ramp of pruning ends; by the scores at its beginning."""
-        found = self.drafts(session, scores).pruned(self.target, VALUE_BITS)
+        found = None
+        with self.halting(session):
+            found = self.drafts(session, scores).pruned(self.target, VALUE_BITS)
+        if found is None:
+            return session.latent.mask().sparsity
         session.record(
             "planned",
             session.batch,
@@ -222,8 +237,9 @@ class SizeBudget(Budget):
             return
         scores = session.rescore(batch)
         if scores is not None:
-            found = self._filling(session, scores, self.target * (1 - _ROOM))
-            self.apply(session, scores, found, batch, "corrected")
+            with self.halting(session):
+                found = self._filling(session, scores, self.target * (1 - _ROOM))
+                self.apply(session, scores, found, batch, "corrected")
 
     def after_batch(self, session: Session) -> None:
         """After the last batch of an epoch: what validates fits the target."""

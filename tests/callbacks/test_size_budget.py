@@ -10,10 +10,14 @@ from lightning_xai_compress import (
     CompressedExport,
     Files,
     Pruning,
+    Quantization,
+    RelevanceError,
     SizeBudget,
     XAICompression,
     load_compressed,
 )
+from lightning_xai_compress.callbacks import budget
+from lightning_xai_compress.callbacks.scorer import Scorer
 
 from budgets import Stop, WideNet, budgeted
 from toy import ToyNet, fit
@@ -168,3 +172,26 @@ def test_settings_that_contradict_each_other_are_refused_before_training(tmp_pat
 def test_a_budget_alone_says_which_stages_it_needs(tmp_path):
     with pytest.raises(ValueError, match="SizeBudget needs RelevancePruning and MixedPrecision in the same Trainer"):
         fit(tmp_path, [SizeBudget(0.1), CompressedExport(export_dir=str(tmp_path))], model=ToyNet)
+
+
+def test_a_pass_that_fails_while_corrections_are_made_ends_the_compression_and_not_the_fit(tmp_path, monkeypatch):
+    passes, training_samples = [], Scorer.training_samples
+
+    def failing(scorer, batch, *, criterion=None, explain=None):
+        if criterion == "fisher":
+            passes.append(batch)
+            if len(passes) > 3:  # before training, for the plan, and when quantized training begins
+                raise RelevanceError("no information")
+        return training_samples(scorer, batch, criterion=criterion, explain=explain)
+
+    monkeypatch.setattr(Scorer, "training_samples", failing)
+    monkeypatch.setattr(budget, "_SLACK", 0.0)  # every epoch is corrected
+    callback = budgeted(tmp_path, target_size=0.1, quantization=Quantization(sensitivity="fisher"))
+
+    with pytest.warns(UserWarning, match="weights could not be scored for their widths: no information"):
+        _, trainer = fit(tmp_path, [callback], model=WideNet)
+
+    assert trainer.current_epoch == 8
+    assert len(passes) == 4
+    assert callback.report.halted == "weights could not be scored for their widths: no information"
+    assert file_bytes(tmp_path) <= int(0.1 * callback.report.dense.bytes)

@@ -35,6 +35,28 @@ CODED = {
 }
 
 
+GROUPED = {  # shape, input channels a group
+    "conv.weight": ((7, 8, 3, 3), 4),
+    "fc.weight": ((5, 12), 3),
+}
+
+
+def golden_grouped():
+    """Model and plan of a file of version 2: widths and scales by groups of input channels; one layer by row."""
+    model, bits, scales, sizes = nn.Module(), {}, {}, {}
+    for salt, (name, (shape, group)) in enumerate(GROUPED.items()):
+        groups = shape[1] // group
+        codes, widths, scale = coded((shape[0] * groups, group, *shape[2:]), (2, 3, 4, 6, 8), salt)
+        bits[name], scales[name], sizes[name] = widths.to(torch.uint8), scale.float(), codes.shape[1]
+        part = nn.Module()
+        part.weight = nn.Parameter((codes.float() * scale[:, None].float()).view(shape), requires_grad=False)
+        model.add_module(name.split(".")[0], part)
+    codes, widths, scale = coded((6, 10), (3, 5), 7)
+    bits["rows"], scales["rows"], sizes["rows"] = widths.to(torch.uint8), scale.float(), 10
+    model.register_parameter("rows", nn.Parameter(codes.float() * scale[:, None].float(), requires_grad=False))
+    return model, CompressionPlan(Mask({}), BitAllocation(bits, sizes), scales)
+
+
 def golden():
     """The model and the plan."""
     model = nn.Module()

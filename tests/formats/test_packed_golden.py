@@ -1,4 +1,4 @@
-"""Version 1 is frozen: a file that was written once is read for ever, and an independent reader agrees."""
+"""Versions 1 and 2 are frozen: a file that was written once is read for ever, and an independent reader agrees."""
 
 import hashlib
 import json
@@ -14,12 +14,18 @@ from lightning_xai_compress.formats import packed
 from lightning_xai_compress.formats.packed import load_compressed, pack
 from lightning_xai_compress.plan import CompressionPlan, Mask
 
-from packed_golden import VERSIONS, golden
+from packed_golden import VERSIONS, golden, golden_grouped
 from packed_nets import assert_same, compressed, quantize
 from packed_reader import read
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.safetensors"
-SHA256 = "3efa4eb62d101e3b702f632a6eb8882eccd95235ea048faac3ee32644dd8717c"
+GROUPED = GOLDEN.with_name("v2.safetensors")
+SHA256 = {
+    GOLDEN: "3efa4eb62d101e3b702f632a6eb8882eccd95235ea048faac3ee32644dd8717c",
+    GROUPED: "e54868874f7611f1c6562a261aa490f952deb7e569d530dc4d953f51c06b478f",
+}
+MAKE = {GOLDEN: golden, GROUPED: golden_grouped}
+each_version = pytest.mark.parametrize("path", [*MAKE], ids=lambda path: path.stem)
 ZLIB = "1.2.13"  # that deflated it
 
 
@@ -56,19 +62,21 @@ def unfolded(data):
     return parts["stream"], index, [length > 0 for length in lengths]
 
 
-def test_the_golden_file_is_the_one_that_was_frozen():
-    assert hashlib.sha256(GOLDEN.read_bytes()).hexdigest() == SHA256
+@each_version
+def test_the_golden_file_is_the_one_that_was_frozen(path):
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[path]
 
 
-def test_the_golden_file_is_read():
-    model = golden()[0]
+@each_version
+def test_the_golden_file_is_read(path):
+    model = MAKE[path]()[0]
 
-    assert_same_bits(load_compressed(GOLDEN), positive_zeros(model))
+    assert_same_bits(load_compressed(path), positive_zeros(model))
 
 
 def positive_zeros(model):
     """The state dict as a file gives it back: zeros of quantized and pruned tensors are positive."""
-    names = {"tied", *(name for name in model.state_dict() if "weight" in name or "pruned" in name)}
+    names = {"tied", "rows", *(name for name in model.state_dict() if "weight" in name or "pruned" in name)}
     return {name: tensor + 0.0 if name in names else tensor for name, tensor in model.state_dict().items()}
 
 
@@ -85,8 +93,17 @@ def test_the_golden_file_holds_every_kind_of_tensor():
     assert index["versions"] == VERSIONS
 
 
-def test_a_reader_written_from_the_documentation_agrees():
-    assert_same_bits(load_compressed(GOLDEN), as_tensors(GOLDEN.read_bytes()))
+def test_the_golden_file_of_version_2_has_groups_beside_rows():
+    data = GROUPED.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+    assert header["__metadata__"]["version"] == "2"
+    assert {width for width, _ in read(data)[1]["contexts"]} == {2, 3, 4, 5, 6, 8}
+
+
+@each_version
+def test_a_reader_written_from_the_documentation_agrees(path):
+    assert_same_bits(load_compressed(path), as_tensors(path.read_bytes()))
 
 
 def several(model):
@@ -112,21 +129,23 @@ def test_a_reader_written_from_the_documentation_agrees_on_other_files(tmp_path,
     assert_same_bits(load_compressed(tmp_path / "m"), as_tensors(data))
 
 
-def test_writing_the_golden_model_gives_the_same_content(monkeypatch):
+@each_version
+def test_writing_the_golden_model_gives_the_same_content(monkeypatch, path):
     """Not the same bytes on every machine: another zlib deflates to other bytes, and so to other digests."""
     monkeypatch.setattr(packed, "_versions", lambda: VERSIONS)
-    data = pack(*golden())
+    data = pack(*MAKE[path]())
 
-    assert unfolded(data) == unfolded(GOLDEN.read_bytes())
-    assert_same_bits(as_tensors(data), as_tensors(GOLDEN.read_bytes()))
-    assert abs(len(data) - GOLDEN.stat().st_size) < 64
+    assert unfolded(data) == unfolded(path.read_bytes())
+    assert_same_bits(as_tensors(data), as_tensors(path.read_bytes()))
+    assert abs(len(data) - path.stat().st_size) < 64
 
 
+@each_version
 @pytest.mark.skipif(zlib.ZLIB_RUNTIME_VERSION != ZLIB, reason="another zlib may deflate to other bytes")
-def test_writing_the_golden_model_gives_the_same_bytes(monkeypatch):
+def test_writing_the_golden_model_gives_the_same_bytes(monkeypatch, path):
     monkeypatch.setattr(packed, "_versions", lambda: VERSIONS)
 
-    assert pack(*golden()) == GOLDEN.read_bytes()
+    assert pack(*MAKE[path]()) == path.read_bytes()
 
 
 def test_the_golden_file_fills_its_model():
