@@ -93,7 +93,8 @@ def kept_weights(base: Base, recipe: Recipe, cache: Path) -> str | None:
 def fit_base(base: Base, recipe: Recipe, cache: Path) -> BaseResult:
     """Train a dense model or its control, and keep it; one that is kept already is not trained again."""
     path = checkpoint(cache, base)
-    model = network(base.model, base.seed, recipe.learning_rate)
+    later = {} if base.kind == DENSE else {"weight_decay": recipe.weight_decay}
+    model = network(base.model, base.seed, lr=recipe.learning_rate, **later)
     start = "" if base.kind == DENSE else load_dense(model, base.model, base.seed, recipe, cache)
     kept = _kept(path)
     if kept is None or kept.get("recipe") != fingerprint(recipe, base) or kept.get("start", "") != start:
@@ -111,7 +112,7 @@ def fit_base(base: Base, recipe: Recipe, cache: Path) -> BaseResult:
 def fit_run(run: Run, recipe: Recipe, cache: Path) -> RunResult:
     """Compress a dense model while it trains on, and measure the file that comes of it."""
     chosen = fit_settings_of(run, recipe)
-    model = network(run.model, run.seed, chosen["learning_rate"])
+    model = network(run.model, run.seed, lr=chosen["learning_rate"], weight_decay=recipe.weight_decay)
     start = load_dense(model, run.model, run.seed, recipe, cache)
     folder = cache / run.key
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,10 +161,10 @@ def common_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def network(name: str, seed: int, learning_rate: float = 0.0) -> ImageClassifier:
+def network(name: str, seed: int, **settings: float) -> ImageClassifier:
     """A new network."""
     L.seed_everything(seed, verbose=False)
-    return NETWORKS[name](lr=learning_rate)
+    return NETWORKS[name](**settings)
 
 
 def load_dense(model: ImageClassifier, name: str, seed: int, recipe: Recipe, cache: Path) -> str:

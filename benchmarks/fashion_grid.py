@@ -43,6 +43,7 @@ class Recipe:
         epochs: Of compression, and of the control, which is the dense model trained on without it.
         pruning_end: Share of compression's epochs after which weights are quantized.
         train_samples, val_samples, test_samples: The first so many images of each part.
+        weight_decay: Of compression and control; the dense fit has the module's own.
         distillation: Weight of the dense model as a teacher, in (0, 1]; None: none teaches.
         scoring_samples, pruning_steps: Of a scoring pass, of the ramp; None for the package's defaults.
     """
@@ -56,6 +57,7 @@ class Recipe:
     train_samples: int = 55_000
     val_samples: int = 5_000
     test_samples: int = 10_000
+    weight_decay: float = 5e-5
     distillation: float | None = 0.7
     scoring_samples: int | None = None
     pruning_steps: int | None = None
@@ -169,9 +171,9 @@ def fingerprint(recipe: Recipe, task: Task) -> str:
     """Changes with everything that the script decides about a task; results of another one are not used."""
     values = asdict(recipe)
     if isinstance(task, Base):
-        later = ("pruning_end", "distillation", "scoring_samples", "pruning_steps") + (
-            ("epochs",) if task.kind == DENSE else ()
-        )
+        later = {"pruning_end", "distillation", "scoring_samples", "pruning_steps"}
+        if task.kind == DENSE:
+            later |= {"epochs", "weight_decay"}
         values = {name: value for name, value in values.items() if name not in later}
     else:
         values |= {"settings": settings_of(task), **fit_settings_of(task, recipe)}

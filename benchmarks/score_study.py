@@ -1,7 +1,7 @@
 """Which function of relevance and weight ranks weights best: the family Q^a |w'|, its starts, and LAMP's normalization.
 
     python benchmarks/score_study.py [--models lenet cnn] [--reductions 97.5 99] [--scores NAME ...] [--seeds 0 1 2]
-                                     [--epochs N] [--untaught] [--output FILE.json]
+                                     [--weight-decay X] [--untaught] [--output FILE.json]
 
 Every score compresses the same dense checkpoint of `fashion_bench.py` (which is trained if it is not there) to the
 same bytes by the same recipe. Judged is the file read back, on the 5,000 validation images: the test images are not
@@ -12,6 +12,7 @@ touched. Results are written as they come, and a run that is there is not done a
 | qA, A = 0, 25, 50, 75, 100 | Q^(A/100) abs(w'), start relevance the margin |
 | qA@logit | the same, start relevance the logit of the true class |
 | ...+lamp | its square over the sum of all squares in its layer that are not smaller |
+| ...+uniform | 4 bits for all weights instead of mixed ones |
 | magnitude, lamp, wanda, fisher, taylor | the package's criteria of these names |
 | sign | q100, and half as much for weights of relevance <= 0 |
 """
@@ -32,7 +33,7 @@ from lightning_xai_compress import Pruning, ScoreMap, XAICompression, load_compr
 from lightning_xai_compress.tables import table
 
 from common import RESULTS, Results, environment
-from fashion_fit import Data, checkpoint, common_settings, fit_base, load_dense, network, prepare, train, trainer_of
+from fashion_fit import Data, common_settings, fit_base, load_dense, network, prepare, train, trainer_of
 from fashion_grid import FULL, Recipe
 from fashion_tasks import DENSE, Base
 
@@ -45,39 +46,46 @@ def main() -> None:
     parser.add_argument("--reductions", type=float, nargs="+", default=[97.5, 99.0])
     parser.add_argument("--scores", nargs="+", default=[*SCORES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=FULL.epochs)
     parser.add_argument("--untaught", action="store_true", help="without the dense model as a teacher")
+    parser.add_argument("--weight-decay", type=float, default=FULL.weight_decay)
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmark"))
     parser.add_argument("--output", type=Path, default=RESULTS / "score_study.json")
     arguments = parser.parse_args()
     prepare()
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"runs": {}}
     results = Results(arguments.output, **{**found, "environment": environment(arguments.seeds)})
-    recipe = replace(FULL, epochs=arguments.epochs, distillation=None if arguments.untaught else FULL.distillation)
-    marked = ("untaught",) * arguments.untaught
+    recipe = replace(
+        FULL,
+        distillation=None if arguments.untaught else FULL.distillation,
+        weight_decay=arguments.weight_decay,
+    )
+    taught = "untaught" if arguments.untaught else "taught"
     for seed in arguments.seeds:
         for model in arguments.models:
             fit_base(Base(model, seed, DENSE), FULL, arguments.cache)
             for reduction in arguments.reductions:
                 for name in arguments.scores:
-                    key = "/".join((model, name, *marked, f"{reduction:g}", str(arguments.epochs), f"seed{seed}"))
+                    key = f"{model}/{name}/{reduction:g}/{arguments.weight_decay:g}/{taught}/seed{seed}"
                     if key not in results.content["runs"]:
-                        results.add("runs", key, **run(model, name, reduction, seed, recipe, arguments.cache))
+                        folder = arguments.cache / "score_study" / key
+                        figures = run(Base(model, seed, DENSE), name, reduction, recipe, arguments.cache, folder)
+                        results.add("runs", key, **figures)
                         print(key, results.content["runs"][key], flush=True)
     print(summary(results.content["runs"]))
 
 
-def run(model: str, name: str, reduction: float, seed: int, recipe: Recipe, cache: Path) -> dict[str, float]:
+def run(base: Base, name: str, reduction: float, recipe: Recipe, cache: Path, folder: Path) -> dict[str, float]:
     """Compress by one score; validation accuracy of the file in percent, and what it is made of."""
-    base, normalized = name.removesuffix("+lamp"), name.endswith("+lamp")
-    net = network(model, seed, recipe.learning_rate)
+    criterion, *marks = name.split("+")
+    model, seed = base.model, base.seed
+    net = network(model, seed, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     load_dense(net, model, seed, FULL, cache)
-    folder = checkpoint(cache, Base(model, seed, DENSE)).parent / "score_study" / f"{model}-{name}-{reduction:g}-{seed}"
     compression = XAICompression(
         target_size=round(1 - reduction / 100, 6),
-        criterion=member(base) if base[0] == "q" or base == "sign" else base,
-        pruning=Pruning(normalization="lamp" if normalized else None),
+        criterion=member(criterion) if criterion[0] == "q" or criterion == "sign" else criterion,
+        pruning=Pruning(normalization="lamp" if "lamp" in marks else None),
         selection="least",
+        bits=(4,) if "uniform" in marks else (2, 3, 4, 6, 8),
         export_dir=str(folder),
         **common_settings(recipe),
     )
@@ -117,9 +125,8 @@ def summary(runs: Mapping[str, Mapping[str, float]]) -> str:
     """A row a score, a column a network and size; means over seeds."""
     cells: dict[str, dict[str, list[float]]] = {}
     for key, values in runs.items():
-        model, *named, reduction, epochs, _ = key.split("/")
-        name = ", ".join(named)
-        cells.setdefault(name, {}).setdefault(f"{model} {reduction} %, {epochs} epochs", []).append(values["val"])
+        model, name, reduction, decay, taught, _ = key.split("/")
+        cells.setdefault(name, {}).setdefault(f"{model} {reduction} %, {decay}, {taught}", []).append(values["val"])
     columns = list(dict.fromkeys(column for each in cells.values() for column in each))
     rows = [
         (

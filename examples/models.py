@@ -18,12 +18,13 @@ class ImageClassifier(L.LightningModule):
     Args:
         net: From images [n, 1, height, width] to logits of 10 classes.
         lr: Peak learning rate.
+        weight_decay: Of all but biases and BatchNorm.
     """
 
-    def __init__(self, net: nn.Module, *, lr: float = 0.1) -> None:
+    def __init__(self, net: nn.Module, *, lr: float = 0.1, weight_decay: float = 5e-4) -> None:
         super().__init__()
         self.net = net.to(memory_format=torch.channels_last)
-        self.lr = lr
+        self.lr, self.weight_decay = lr, weight_decay
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class ImageClassifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         decayed = [parameter for parameter in self.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.parameters() if parameter.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps, pct_start=0.25)
@@ -68,35 +69,35 @@ def convolutions(widths: Sequence[int], strides: Sequence[int]) -> nn.Sequential
 class DigitsNet(ImageClassifier):
     """0.11 M weights for 8x8 images."""
 
-    def __init__(self, lr: float = 0.1) -> None:
-        super().__init__(convolutions((32, 64, 96), (1, 2, 1)), lr=lr)
+    def __init__(self, lr: float = 0.1, weight_decay: float = 5e-4) -> None:
+        super().__init__(convolutions((32, 64, 96), (1, 2, 1)), lr=lr, weight_decay=weight_decay)
 
 
 class FashionNet(ImageClassifier):
     """0.34 M weights for 28x28 images."""
 
-    def __init__(self, lr: float = 0.1) -> None:
-        super().__init__(convolutions((32, 48, 64, 96, 128, 112), (1, 2, 1, 2, 1, 1)), lr=lr)
+    def __init__(self, lr: float = 0.1, weight_decay: float = 5e-4) -> None:
+        super().__init__(convolutions((32, 48, 64, 96, 128, 112), (1, 2, 1, 2, 1, 1)), lr=lr, weight_decay=weight_decay)
 
 
 class LeNet300(ImageClassifier):
     """LeNet-300-100 (LeCun et al. 1998), 0.27 M weights for 28x28 images, all of them linear."""
 
-    def __init__(self, lr: float = 0.1) -> None:
+    def __init__(self, lr: float = 0.1, weight_decay: float = 5e-4) -> None:
         layers = (nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
-        super().__init__(nn.Sequential(nn.Flatten(), *layers), lr=lr)
+        super().__init__(nn.Sequential(nn.Flatten(), *layers), lr=lr, weight_decay=weight_decay)
 
 
 class FashionResNet(ImageClassifier):
     """ResNet-20 (He et al. 2016), 0.27 M weights; its first convolution halves the 28x28 images, for speed."""
 
-    def __init__(self, lr: float = 0.1) -> None:
+    def __init__(self, lr: float = 0.1, weight_decay: float = 5e-4) -> None:
         blocks = [Residual(16, 16) for _ in range(3)]
         for width in (32, 64):
             blocks += [Residual(width // 2, width, stride=2), Residual(width, width), Residual(width, width)]
         first = nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
         last = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
-        super().__init__(nn.Sequential(*first, *blocks, *last), lr=lr)
+        super().__init__(nn.Sequential(*first, *blocks, *last), lr=lr, weight_decay=weight_decay)
 
 
 class Residual(nn.Module):

@@ -104,7 +104,14 @@ def test_a_result_of_another_recipe_or_setting_has_another_fingerprint(bench):
     assert grid.fingerprint(recipe, one) == grid.fingerprint(recipe, replace(one, seed=2))
     for other in (run_of(bench, "lamp"), run_of(bench, value=98.5), run_of(bench, widths="uniform")):
         assert grid.fingerprint(recipe, other) != grid.fingerprint(recipe, one)
-    later = {"distillation", "epochs", "pruning_end", "scoring_samples", "pruning_steps"}  # than the dense fit
+    later = {
+        "distillation",
+        "epochs",
+        "pruning_end",
+        "scoring_samples",
+        "pruning_steps",
+        "weight_decay",
+    }  # than the dense fit
     for name in [field.name for field in fields(recipe)]:
         changed = replace(recipe, **{name: "32-true" if name == "precision" else 3})
         assert grid.fingerprint(changed, one) != grid.fingerprint(recipe, one), name
