@@ -57,7 +57,7 @@ class Recipe:
     train_samples: int = 55_000
     val_samples: int = 5_000
     test_samples: int = 10_000
-    weight_decay: float = 5e-5
+    weight_decay: float = 0.0
     distillation: float | None = 0.7
     scoring_samples: int | None = None
     pruning_steps: int | None = None
