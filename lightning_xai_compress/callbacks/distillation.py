@@ -64,8 +64,9 @@ class DenseTeacher(CompressionCallback, Stage):
     logits, w its weight and T the temperature. What `training_step` returns and logs stays as it is, its own loss.
     Logits of one class go by the logistic function instead. All predictions count, also those that a loss leaves out.
 
-    To be used beside the stages that compress. Costs a forward pass a batch and the memory of the dense weights, which
-    checkpoints hold, too.
+    To be used beside the stages that compress. The first batch of a fit shows which module gives the logits, and is not
+    taught unless that is named. Costs a forward pass a batch and the memory of the dense weights, which checkpoints
+    hold, too.
 
     Raises:
         ValueError: (in fit) no such submodule, or no stage compresses.
@@ -82,10 +83,10 @@ class DenseTeacher(CompressionCallback, Stage):
         self._weights: dict[str, Tensor] = {}  # of the teacher: parameters and buffers
         self._handles: list[RemovableHandle] = []
         self._live = False  # within a training step
-        self._depth = 0  # of watched calls within each other
+        self._depth = 0  # of children that are called within one another
         self._watched: tuple[str, ...] = ()
         self._found: set[str] = set()  # of these, which gave logits in the first batch
-        self._target: str | None = None
+        self._target = self.distillation.module
         self._fit: Session | None = None  # whichever callback leads it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,13 +115,13 @@ class DenseTeacher(CompressionCallback, Stage):
                     f"Distillation(module={name!r}): there is no such module in {type(session.module).__name__}; it "
                     f"has {', '.join(child for child, _ in session.module.named_children()) or 'no children'}"
                 ) from error
-        self._watched, self._target = tuple(watched), name
+        self._watched = tuple(watched)
         self._found.clear()
         for at, module in watched.items():
-            self._handles += [
-                module.register_forward_pre_hook(self._enter),
-                module.register_forward_hook(functools.partial(self._leave, at), with_kwargs=True),
-            ]
+            if at:  # in ddp the LightningModule is called for training_step as well
+                self._handles.append(module.register_forward_pre_hook(self._enter))
+            hook = functools.partial(self._called, at)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         moved = _Copies(session.module.device)
         self._weights = {name: moved[value] for name, value in self._weights.items()}
 
@@ -141,31 +142,34 @@ class DenseTeacher(CompressionCallback, Stage):
         self._live = False
         if self._target is not None:
             return
-        if len(self._found) != 1:
+        found = {""} if "" in self._found else self._found  # the module calls its children
+        if len(found) != 1:
             came = f"logits came from {sorted(self._found)}" if self._found else "none gave a tensor of logits"
             raise RelevanceError(
                 f"the dense model cannot teach: of {sorted(self._watched)}, which training_step may call ('' is the "
                 f"LightningModule), {came}: name the one whose output are the logits, as Distillation(module=...)"
             )
-        self._target = self._found.pop()
+        self._target = next(iter(found))
 
-    # --- hooks
+    # --- during a training step
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._depth += self._live
 
-    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _called(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A watched module has been called: in the first batch look at what it gives, then teach."""
         if not self._live:
             return
-        self._depth -= 1
-        if self._depth or not torch.is_grad_enabled():
+        self._depth -= bool(name)
+        if (name and self._depth) or not torch.is_grad_enabled() or self._target not in (None, name):
             return
         logits = self._logits(output)
-        if logits is not None and self._target in (None, name):
-            self._found.add(name)
-            if self._weights:
-                taught = find_logits(self._teach(name, module, args, kwargs))
-                logits.register_hook(self._pull(logits.detach(), taught))
+        if logits is None:
+            return
+        self._found.add(name)
+        if self._target is not None and self._weights:
+            taught = find_logits(self._teach(name, module, args, kwargs))
+            logits.register_hook(self._pull(logits.detach(), taught))
 
     def _logits(self, output: Any) -> Tensor | None:
         """Of a call; None where it is something else: a loss, a metric, features that are not trained."""
@@ -226,11 +230,12 @@ class DenseTeacher(CompressionCallback, Stage):
 
     def state(self) -> dict[str, Any]:
         """The teacher."""
-        return {"teacher": dict(self._weights)}
+        return {"teacher": dict(self._weights), "target": self._target}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up or begin."""
         self._weights = dict(state.get("teacher", {}))
+        self._target = state.get("target", self.distillation.module)
 
 
 class _Copies(dict[Tensor, Tensor]):

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_xai_compress import CompressedExport, Files, Quantization, RelevanceScoring, Scoring
+from lightning_xai_compress import CompressedExport, Distillation, Files, Quantization, RelevanceScoring, Scoring
 from lightning_xai_compress.errors import ArtifactError, RelevanceError
 from lightning_xai_compress.relevance import RelevanceSums
 
@@ -111,7 +111,7 @@ class Ranks(L.Callback):
             "bits": dict(plan.allocation.bits) if plan.allocation else {},
             "halted": session.halted,
             "history": [dict(event) for event in session.history],
-            "report": self.ours.report.to_dict() if len(stages) == 4 else {},
+            "report": self.ours.report.to_dict() if len(stages) >= 4 else {},
         }
         if session.scores is not None:
             state |= {
@@ -147,6 +147,7 @@ def ddp(folder, device):
 
     run(folder, "plain", compression(f"{folder}/plain", metric="val_acc"), **device)
     run(folder, "accumulated", compression(f"{folder}/accumulated"), accumulate_grad_batches=2, **device)
+    run(folder, "taught", compression(f"{folder}/taught", distillation=Distillation()), **device)
     average = L.pytorch.callbacks.EMAWeightAveraging(decay=0.8)
     run(folder, "averaged", compression(f"{folder}/averaged", metric="val_acc"), callbacks=[average], **device)
     run(

@@ -1,6 +1,7 @@
 """The dense model teaches the compressed one through the gradient at the logits; training_step knows nothing of it."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from budgets import Stop, WideNet
 from toy import Corners, ToyNet, compression, fit
 
 DISTILLATION = Distillation(weight=0.6, temperature=2.0)
+NAMED = replace(DISTILLATION, module="")  # from the first batch on
 
 
 class Taught(WideNet):
@@ -58,7 +60,7 @@ def test_it_is_the_gradient_of_the_loss_written_out(tmp_path, accumulated):
     settings = {"max_epochs": 4, "accumulate_grad_batches": accumulated}
     explicit, _ = fit(tmp_path, [taught(tmp_path, distillation=None)], model=Taught, **settings)
     plain, _ = fit(tmp_path, [taught(tmp_path, distillation=None)], model=Untaught, **settings)
-    hooked, _ = fit(tmp_path, [taught(tmp_path)], model=Untaught, **settings)
+    hooked, _ = fit(tmp_path, [taught(tmp_path, distillation=NAMED)], model=Untaught, **settings)
 
     assert not torch.allclose(plain.head.weight, hooked.head.weight, atol=1e-3)
     for name, value in explicit.named_parameters():
@@ -157,7 +159,7 @@ def test_several_modules_are_refused_after_the_first_batch_unless_one_is_named(t
     with pytest.raises(RelevanceError, match=r"logits came from \['first', 'head', 'middle'\]: name the one"):
         fit(tmp_path, [taught(tmp_path)], model=Split, max_epochs=2)
 
-    named = Distillation(weight=0.6, temperature=2.0, module="head")
+    named = replace(DISTILLATION, module="head")
     split, _ = fit(tmp_path, [taught(tmp_path, distillation=named)], model=Split, max_epochs=1)
 
     assert all(torch.isfinite(value).all() for value in split.parameters())
@@ -223,7 +225,7 @@ class Binary(Corners):
 
 
 def test_a_single_logit_is_taught_by_the_logistic_function_and_without_the_bundle(tmp_path):
-    taught_by = DenseTeacher(Distillation(weight=1.0, temperature=1.0))
+    taught_by = DenseTeacher(Distillation(weight=1.0, temperature=1.0, module=""))
     pruning = RelevancePruning(sparsity=0.5, start=0, end=1, selection="least")
 
     model, _ = fit(tmp_path, [RelevanceScoring(scoring=Scoring(samples=32)), pruning, taught_by], OneLogit, Binary())

@@ -67,7 +67,19 @@ def ddp(request, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["plain", "accumulated", "averaged", "unused", "uneven", "accuracy", "sick", "failing", "whole", "resumed_4"],
+    [
+        "plain",
+        "taught",
+        "accumulated",
+        "averaged",
+        "unused",
+        "uneven",
+        "accuracy",
+        "sick",
+        "failing",
+        "whole",
+        "resumed_4",
+    ],
 )
 def test_both_ranks_of_ddp_end_with_the_same_weights_masks_and_bits(ddp, name):
     first, second = ranks(ddp[0], name)
@@ -181,6 +193,14 @@ def test_a_metric_under_ddp_counts_every_validation_sample_once(ddp):
         expected = multiclass_accuracy(model(x), y, 4, average="micro")
     assert measured["report"]["compressed"]["accuracy"] == pytest.approx(float(expected), abs=1e-6)
     assert 0.25 < expected < 1
+
+
+@pytest.mark.slow
+def test_the_dense_model_teaches_under_ddp(ddp):
+    plain, taught = ranks(ddp[0], "plain")[0], ranks(ddp[0], "taught")[0]
+
+    assert taught["report"]["sparsity"] == plain["report"]["sparsity"] == 0.5
+    assert not torch.equal(plain["weights"]["first.weight"], taught["weights"]["first.weight"])
 
 
 @pytest.mark.slow
