@@ -157,7 +157,7 @@ def common_settings(recipe: Recipe) -> dict[str, Any]:
         "warmup": 0,
         "pruning_end": recipe.pruning_end,
         "files": Files(float16=True, merge_batchnorm=True),
-        "distillation": None if recipe.distillation is None else Distillation(recipe.distillation),
+        "distillation": None if recipe.distillation is None else Distillation(recipe.distillation, module=""),
     }
 
 
