@@ -74,9 +74,12 @@ def page(
     for model in MODELS:
         cases = [case for case in table if case.model == model and case.budget.kind == "size"]
         if cases:
-            parts += [f"## {TITLES[model]}\n", _accuracies(cases, table, controls.get(model, {}))]
+            parts += [f"## {TITLES[model]}\n"]
+            parts += [_accuracies(cases, table, controls.get(model, {}), lambda row: row.test)]
             parts += [f"![accuracy over bytes](plots/fashion_{model}.svg)\n"] if model in plotted else []
             parts += ["What the files are: reduction, zeros, mean bits.\n", _files(cases, table)]
+            parts += ["On the validation images, by which choices were made.\n"]
+            parts += [_accuracies(cases, table, {}, lambda row: row.val)]
     others = [case for case in table if case.budget.kind != "size"]
     if others:
         parts += ["## Other budgets\n", _others(others, table)]
@@ -106,7 +109,8 @@ def _what_ran(recipe: Recipe, environments: Sequence[Mapping[str, Any]], code: S
     lines = [
         f"{recipe.dense_epochs} dense epochs, then {recipe.epochs} of compression, pruning in the first "
         f"{recipe.pruning_end:.0%} of them; batches of {recipe.batch_size}, SGD with a one-cycle schedule to "
-        f"{recipe.learning_rate:g}, {recipe.precision}; {recipe.train_samples:,} training, {recipe.val_samples:,} "
+        f"{recipe.learning_rate:g}, {recipe.precision}; weight decay of these epochs {recipe.weight_decay:g}, "
+        f"{_teacher(recipe)}; {recipe.train_samples:,} training, {recipe.val_samples:,} "
         f"validation and {recipe.test_samples:,} test images.\n"
     ]
     for each in environments:
@@ -120,12 +124,15 @@ def _what_ran(recipe: Recipe, environments: Sequence[Mapping[str, Any]], code: S
     return lines
 
 
-def _accuracies(cases: Sequence[Run], table: Table, control: Mapping[int, float]) -> str:
+def _teacher(recipe: Recipe) -> str:
+    if recipe.distillation is None:
+        return "no teacher"
+    return f"the dense checkpoint as a teacher with weight {recipe.distillation:g}, for every method alike"
+
+
+def _accuracies(cases: Sequence[Run], table: Table, control: Mapping[int, float], value: Callable[[Row], float]) -> str:
     budgets, methods = _axes(cases)
-    best = {
-        budget: max(_mean(table, case, lambda row: row.test) for case in cases if case.budget == budget)
-        for budget in budgets
-    }
+    best = {budget: max(_mean(table, case, value) for case in cases if case.budget == budget) for budget in budgets}
     rows = []
     if control:
         rows.append(["dense", *[_stated([*control.values()])] * len(budgets), str(len(control))])
@@ -136,7 +143,7 @@ def _accuracies(cases: Sequence[Run], table: Table, control: Mapping[int, float]
             if case not in table:
                 cells.append("")
                 continue
-            values = [row.test for row in table[case].values()]
+            values = [value(row) for row in table[case].values()]
             text = _stated(values)
             cells.append(f"**{text}**" if statistics.mean(values) == best[budget] else text)
             seeds.add(len(values))
