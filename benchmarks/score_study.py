@@ -1,7 +1,7 @@
 """Which function of relevance and weight ranks weights best: the family Q^a |w'|, its starts, and LAMP's normalization.
 
     python benchmarks/score_study.py [--models lenet cnn] [--reductions 97.5 99] [--scores NAME ...] [--seeds 0 1 2]
-                                     [--weight-decay X] [--untaught] [--output FILE.json]
+                                     [--learning-rate X] [--weight-decay X] [--untaught] [--output FILE.json]
 
 Every score compresses the same dense checkpoint of `fashion_bench.py` (which is trained if it is not there) to the
 same bytes by the same recipe. Judged is the file read back, on the 5,000 validation images: the test images are not
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--scores", nargs="+", default=[*SCORES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--untaught", action="store_true", help="without the dense model as a teacher")
+    parser.add_argument("--learning-rate", type=float, default=FULL.learning_rate)
     parser.add_argument("--weight-decay", type=float, default=FULL.weight_decay)
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmark"))
     parser.add_argument("--output", type=Path, default=RESULTS / "score_study.json")
@@ -57,15 +58,17 @@ def main() -> None:
     recipe = replace(
         FULL,
         distillation=None if arguments.untaught else FULL.distillation,
+        learning_rate=arguments.learning_rate,
         weight_decay=arguments.weight_decay,
     )
     taught = "untaught" if arguments.untaught else "taught"
+    recipe_key = f"lr{arguments.learning_rate:g}/decay{arguments.weight_decay:g}/{taught}"
     for seed in arguments.seeds:
         for model in arguments.models:
             fit_base(Base(model, seed, DENSE), FULL, arguments.cache)
             for reduction in arguments.reductions:
                 for name in arguments.scores:
-                    key = f"{model}/{name}/{reduction:g}/{arguments.weight_decay:g}/{taught}/seed{seed}"
+                    key = f"{model}/{name}/{reduction:g}/{recipe_key}/seed{seed}"
                     if key not in results.content["runs"]:
                         folder = arguments.cache / "score_study" / key
                         figures = run(Base(model, seed, DENSE), name, reduction, recipe, arguments.cache, folder)
@@ -125,8 +128,8 @@ def summary(runs: Mapping[str, Mapping[str, float]]) -> str:
     """A row a score, a column a network and size; means over seeds."""
     cells: dict[str, dict[str, list[float]]] = {}
     for key, values in runs.items():
-        model, name, reduction, decay, taught, _ = key.split("/")
-        cells.setdefault(name, {}).setdefault(f"{model} {reduction} %, {decay}, {taught}", []).append(values["val"])
+        model, name, *column, _ = key.split("/")
+        cells.setdefault(name, {}).setdefault(" ".join([model, *column]), []).append(values["val"])
     columns = list(dict.fromkeys(column for each in cells.values() for column in each))
     rows = [
         (
