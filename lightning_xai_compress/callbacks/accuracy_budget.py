@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_xai_compress.budget import CLOSE, VALUE_BITS, points_lost
@@ -59,7 +60,7 @@ class AccuracyBudget(Budget):
         self._kept = Best("min")
         self._positives = 0  # of what was pruned in that state
         self._least = math.inf  # points lost by the best compressed state so far
-        self._tried: frozenset[str] = frozenset()  # metrics of the trial validation, where there was one
+        self._tried: frozenset[str] = frozenset()  # logged metrics of the trial validation, where there was one
         self._missed = False
 
     @property
@@ -90,6 +91,10 @@ class AccuracyBudget(Budget):
             )
         self._first = session.clock.check("start of pruning", self.pruning.start)
 
+    def check_settings(self, trainer: Trainer) -> None:
+        """Forget the trial of an earlier fit."""
+        self._tried = frozenset()
+
     def tried(self, names: frozenset[str]) -> None:
         """Remember, for a metric that never appears."""
         self._tried = names
@@ -119,8 +124,9 @@ class AccuracyBudget(Budget):
             return
         within, self._verdict = self._verdict, None
         if within:
+            if not self._waited:  # steps that need to heal are large enough
+                self._ratio = max(_RATIO, self._ratio**2)
             self._waited = 0
-            self._ratio = max(_RATIO, self._ratio**2)
             self._size = self._kept.bytes
         elif self._waited < _PATIENCE or self._least > self.max_drop:  # the latter: there is nothing to go back to
             self._waited += 1

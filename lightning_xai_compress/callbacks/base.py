@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_xai_compress.callbacks.averaging import ordered
@@ -124,8 +125,15 @@ class CompressionCallback(Callback):
             # what the hook is told lags behind where training_step takes a dataloader_iter
             self.session.advance(trainer.fit_loop.epoch_loop.batch_idx)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The loss goes back, and nothing else does."""
+        if self.session is not None:
+            self.session.in_backward = True
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In manual optimization gradients are clipped before Lightning knows of a step."""
+        if self.session is not None:
+            self.session.in_backward = False
         if self.session is not None and not pl_module.automatic_optimization:
             self.session.latent.mask_gradients()
 

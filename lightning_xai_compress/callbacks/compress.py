@@ -64,8 +64,8 @@ class XAICompression(CompressionCallback):
             widths).
         files: How files are written (integer types, 8-bit activations, float16, BatchNorm merged): Files(onnx_bits,
             activations, ranges, float16, merge_batchnorm).
-        distillation: Let the dense model teach, see `DenseTeacher`: Distillation(weight, temperature, module,
-            class_axis); None: not.
+        distillation: Let the dense model teach, see `DenseTeacher`: Distillation(weight, temperature, outputs,
+            module, class_axis); None: not.
 
     Raises:
         ValueError: A setting out of range; the text says which, what came and what is expected.

@@ -67,6 +67,7 @@ class Session:
         self.started = False
         self._warned = False
         self.epoch_begins = False
+        self.in_step = self.in_backward = False  # of training; the second, the backward pass of its loss
         self._shares: dict[str, float] = {}
         self.clock = clock_of(trainer)
         self.open = True
@@ -97,7 +98,7 @@ class Session:
 
     def advance(self, batch_idx: int) -> None:
         """Let every stage do what is due at this batch of the epoch."""
-        self.epoch_begins = batch_idx == 0
+        self.in_step, self.epoch_begins = False, batch_idx == 0
         if self.epoch_begins:
             self.batchnorm.find()
         self.batchnorm.before_batch()
@@ -108,6 +109,7 @@ class Session:
         self.logs.write(self)
         if not self.holds_scores:
             self.scores = None
+        self.in_step = True
 
     def finish(self) -> None:
         """BatchNorm, then the stages' last words."""
@@ -273,7 +275,8 @@ class Session:
     def after_batch(self, outputs: Any) -> None:
         """Close what a skipped step left open; a gradient scaler hides a loss that is not finite, so look at it."""
         self.latent.settle()
-        for stage in reversed(self.stages):
+        self.in_step = False
+        for stage in self.stages:
             stage.after_batch(self)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and not torch.isfinite(loss).all():

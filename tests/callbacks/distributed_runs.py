@@ -48,6 +48,13 @@ class Seen(Metric):
         return self.count
 
 
+class Dicts(ToyNet):
+    """What ddp gets back from `training_step` looks like what `forward` of others gives."""
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": super().training_step(batch, batch_idx), "logits": self(batch[0])}
+
+
 class Unused(ToyNet):
     """With a layer that no batch reaches."""
 
@@ -147,7 +154,7 @@ def ddp(folder, device):
 
     run(folder, "plain", compression(f"{folder}/plain", metric="val_acc"), **device)
     run(folder, "accumulated", compression(f"{folder}/accumulated"), accumulate_grad_batches=2, **device)
-    run(folder, "taught", compression(f"{folder}/taught", distillation=Distillation()), **device)
+    run(folder, "taught", compression(f"{folder}/taught", distillation=Distillation()), Dicts, **device)
     average = L.pytorch.callbacks.EMAWeightAveraging(decay=0.8)
     run(folder, "averaged", compression(f"{folder}/averaged", metric="val_acc"), callbacks=[average], **device)
     run(

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_xai_compress import DenseTeacher, Distillation, RelevancePruning, RelevanceScoring, Scoring
+from lightning_xai_compress.callbacks.distillation import _scale
 from lightning_xai_compress.errors import RelevanceError
 
 from budgets import Stop, WideNet
-from toy import Corners, ToyNet, compression, fit
+from toy import Corners, ToyNet, compression, fit, watch_scores
 
 DISTILLATION = Distillation(weight=0.6, temperature=2.0)
 NAMED = replace(DISTILLATION, module="")  # from the first batch on
@@ -67,8 +69,8 @@ def test_it_is_the_gradient_of_the_loss_written_out(tmp_path, accumulated):
         torch.testing.assert_close(hooked.get_parameter(name), value, rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_and_dropout_train_as_before(tmp_path):
-    """A weight so small that it does not count: all else, such as draws of dropout, is as without a teacher."""
+def test_all_else_is_as_without_a_teacher_dropout_too(tmp_path):
+    """A weight so small that it does not count."""
 
     class Dropped(Untaught):
         def forward(self, x):
@@ -81,23 +83,31 @@ def test_half_precision_and_dropout_train_as_before(tmp_path):
     ]
 
     for name, value in found[0].named_parameters():
-        torch.testing.assert_close(found[1].get_parameter(name), value)
+        torch.testing.assert_close(found[1].get_parameter(name), value, rtol=0, atol=0)
+
+
+class Look(Callback):
+    """What the module and its teacher are after every batch."""
+
+    def __init__(self, ours):
+        self.ours, self.modules, self.teachers = ours, [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.modules.append(weights(module))
+        self.teachers.append({name: value.clone() for name, value in self.ours._teacher._weights.items()})
 
 
 def test_the_teacher_is_the_dense_model_and_stays_what_it_was(tmp_path):
-    class Look(Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            teachers.append(callback._teacher._weights.copy())
+    ours = taught(tmp_path, warmup=1)
+    look = Look(ours)
+    fit(tmp_path, [ours, look], model=ToyNet, max_epochs=6)
 
-    teachers, callback = [], taught(tmp_path, warmup=1)
-    model = ToyNet()
-    fit(tmp_path, [callback, Look()], model=model, max_epochs=6)
-
-    assert not teachers[0]
-    assert all((teachers[-1][name] != 0).all() for name in ("first.weight", "head.weight"))
-    begun = next(each for each in teachers if each)
-    assert all(torch.equal(begun[name], teachers[-1][name]) for name in begun)
-    assert set(begun) == {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    begun = next(index for index, each in enumerate(look.teachers) if each)
+    assert begun == 4  # batches of an epoch
+    for name, value in look.modules[begun - 1].items():
+        assert torch.equal(look.teachers[begun][name], value), name
+        assert torch.equal(look.teachers[-1][name], value), name
+    assert (look.modules[-1]["first.weight"] == 0).any()
 
 
 def test_a_resumed_fit_has_the_teacher_of_the_first_one(tmp_path):
@@ -155,14 +165,162 @@ class Split(Untaught):
         return F.cross_entropy(self.head(F.relu(self.middle(hidden))), target)
 
 
-def test_several_modules_are_refused_after_the_first_batch_unless_one_is_named(tmp_path):
-    with pytest.raises(RelevanceError, match=r"logits came from \['first', 'head', 'middle'\]: name the one"):
+def test_several_modules_are_refused_after_the_first_batch(tmp_path):
+    with pytest.raises(RelevanceError, match=r"logits came from \['first', 'head', 'middle'\]. Let one module"):
         fit(tmp_path, [taught(tmp_path)], model=Split, max_epochs=2)
 
-    named = replace(DISTILLATION, module="head")
-    split, _ = fit(tmp_path, [taught(tmp_path, distillation=named)], model=Split, max_epochs=1)
 
-    assert all(torch.isfinite(value).all() for value in split.parameters())
+def test_a_head_alone_is_refused_since_the_dense_model_has_other_features(tmp_path):
+    with pytest.raises(RelevanceError, match="cannot teach 'head' alone: what it is called with depends on trained"):
+        fit(tmp_path, [taught(tmp_path, distillation=replace(DISTILLATION, module="head"))], model=Split, max_epochs=1)
+
+
+def test_a_named_module_that_is_not_called_is_refused(tmp_path):
+    class Direct(Untaught):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.forward(batch[0]), batch[1])
+
+    with pytest.raises(
+        RelevanceError, match=r"of \[''\], which training_step may call .* none gave a tensor of logits"
+    ):
+        fit(tmp_path, [taught(tmp_path, distillation=NAMED)], model=Direct, max_epochs=2)
+
+
+def test_an_axis_that_logits_do_not_have_is_refused(tmp_path):
+    wrong = replace(NAMED, class_axis=2)
+    with pytest.raises(RelevanceError, match=r"class_axis=2\) does not fit logits of shape \(16, 4\)"):
+        fit(tmp_path, [taught(tmp_path, distillation=wrong)], model=Untaught, max_epochs=2)
+
+
+class Aside(Untaught):
+    """Changes its input, and leaves something behind that the loss needs."""
+
+    def forward(self, x):
+        x = x.flatten(1).mul_(2.0)
+        self.hidden = F.relu(self.first(x))
+        return self.head(F.relu(self.middle(self.hidden)))
+
+    def training_step(self, batch, batch_idx):
+        inputs, target = batch
+        logits = self(inputs.clone())
+        assert self.hidden.requires_grad
+        return F.cross_entropy(logits, target) + 0.1 * self.hidden.square().mean()
+
+
+def test_what_a_forward_changes_and_leaves_behind_is_the_students(tmp_path):
+    model, _ = fit(tmp_path, [taught(tmp_path, distillation=NAMED)], model=Aside, max_epochs=3)
+
+    assert all(torch.isfinite(value).all() for value in model.parameters())
+
+
+def test_only_the_loss_that_goes_back_is_taught(tmp_path):
+    class Attacked(Untaught):
+        """Looks at the gradient at its input first."""
+
+        def training_step(self, batch, batch_idx):
+            inputs = batch[0].clone().requires_grad_()
+            loss = F.cross_entropy(self(inputs), batch[1])
+            (gradient,) = torch.autograd.grad(loss, inputs, retain_graph=True)
+            with torch.no_grad():
+                plain = F.linear(F.relu(self.first(inputs.flatten(1))), self.middle.weight, self.middle.bias)
+                apart = self.head(F.relu(plain)).softmax(1) - F.one_hot(batch[1], 4)
+                below = (apart @ self.head.weight * (plain > 0)) @ self.middle.weight
+                below = below * (self.first(inputs.flatten(1)) > 0) @ self.first.weight / len(inputs)
+            torch.testing.assert_close(gradient.flatten(1), below)
+            return loss
+
+    attacked, _ = fit(tmp_path, [taught(tmp_path, distillation=NAMED)], model=Attacked, max_epochs=3)
+    hooked, _ = fit(tmp_path, [taught(tmp_path, distillation=NAMED)], model=Untaught, max_epochs=3)
+
+    for name, value in hooked.named_parameters():
+        torch.testing.assert_close(attacked.get_parameter(name), value)
+
+
+def test_manual_optimization_is_taught_alike(tmp_path):
+    class Manual(Untaught):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    manual, _ = fit(tmp_path, [taught(tmp_path, distillation=NAMED)], model=Manual, max_epochs=3)
+    hooked, _ = fit(tmp_path, [taught(tmp_path, distillation=NAMED)], model=Untaught, max_epochs=3)
+
+    for name, value in hooked.named_parameters():
+        torch.testing.assert_close(manual.get_parameter(name), value, rtol=0, atol=0)
+
+
+def test_the_added_gradient_is_scaled_as_the_loss_is(tmp_path):
+    """What a gradient scaler and accumulation do to the loss, without a GPU."""
+    plugin = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 1024.0))
+    trainer = SimpleNamespace(precision_plugin=plugin, accumulate_grad_batches=4)
+
+    assert _scale(SimpleNamespace(trainer=trainer, module=SimpleNamespace(automatic_optimization=True))) == 256
+    assert _scale(SimpleNamespace(trainer=trainer, module=SimpleNamespace(automatic_optimization=False))) == 1024
+
+
+def test_scores_are_those_of_a_fit_without_a_teacher_even_after_a_skipped_batch(tmp_path, monkeypatch):
+    class Skips(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            return -1 if trainer.current_epoch == 1 else None  # ends the epoch
+
+    found = []
+    for distillation in (None, Distillation(weight=1e-30)):
+        seen = watch_scores(monkeypatch)
+        ours = taught(tmp_path, distillation=distillation)
+        fit(tmp_path, [ours, Skips()], model=Untaught, max_epochs=4)
+        found.append(seen)
+        monkeypatch.undo()
+
+    assert len(found[0]) == len(found[1]) > 2
+    for plain, beside in zip(*found, strict=True):
+        assert all(torch.equal(plain.relevance[name], beside.relevance[name]) for name in plain.relevance)
+
+
+@pytest.mark.parametrize("compiled", ["whole", "child"])
+def test_a_compiled_model_is_taught_as_an_eager_one(tmp_path, compiled):
+    class Compiled(Nested):
+        def __init__(self):
+            super().__init__()
+            if compiled == "child":
+                self.net.compile(backend="eager")
+
+    torch.manual_seed(0)
+    model = Compiled()
+    given = torch.compile(model, backend="eager") if compiled == "whole" else model
+    torch.manual_seed(0)
+    eager = Nested()
+    fit(tmp_path, [taught(tmp_path)], model=given, max_epochs=3)
+    fit(tmp_path, [taught(tmp_path)], model=eager, max_epochs=3)
+
+    torch.testing.assert_close(model.head.weight, eager.head.weight)
+
+
+def test_going_on_without_the_dense_model_is_refused(tmp_path):
+    fit(tmp_path, [taught(tmp_path, distillation=None), Stop(2, tmp_path / "second.ckpt")], model=Untaught)
+
+    with pytest.raises(ValueError, match="compressed without a teacher, so the dense model is gone"):
+        fit(tmp_path, [taught(tmp_path)], model=Untaught, ckpt_path=tmp_path / "second.ckpt")
+
+
+def test_labels_that_do_not_exclude_each_other_are_taught_one_by_one(tmp_path):
+    """By the gradient of the written-out loss, at the logits."""
+    teacher = DenseTeacher(Distillation(weight=0.5, temperature=2.0, outputs="labels"))
+    module = SimpleNamespace(automatic_optimization=True)
+    trainer = SimpleNamespace(precision_plugin=None, accumulate_grad_batches=1)
+    teacher._fit = SimpleNamespace(module=module, trainer=trainer, in_backward=True)
+    z, t = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    loss = 4 * F.binary_cross_entropy_with_logits(z / 2, (t / 2).sigmoid())
+    (expected,) = torch.autograd.grad(0.5 * z.square().mean() + 0.5 * loss, z)
+
+    pulled = teacher._pull(z.detach(), t)(torch.autograd.grad(z.square().mean(), z)[0])
+
+    torch.testing.assert_close(pulled, expected)
 
 
 def test_a_training_step_that_calls_none_of_them_is_refused(tmp_path):
@@ -183,6 +341,7 @@ def test_a_training_step_that_calls_none_of_them_is_refused(tmp_path):
         ({"weight": 1.5}, r"weight must lie in \(0, 1\]"),
         ({"temperature": 0}, "temperature must be positive, got 0"),
         ({"class_axis": 1.5}, "class_axis"),
+        ({"outputs": "probabilities"}, "outputs must be 'classes' or 'labels', got 'probabilities'"),
         ({"module": 3}, "module must be the name of a submodule, got 3"),
     ],
 )
