@@ -21,14 +21,14 @@ _FIRST = 0.12  # of the dense bytes: what the first step asks for; some pruning 
 _RATIO = 0.7  # of the bytes that the next step asks for
 _FINEST = 0.97  # ratio beyond which steps grow no finer
 _CLOSE = 0.02  # of the bytes asked for: a round may ask for a little too much
-_PATIENCE = 1  # validations that a state may need to heal
+_PATIENCE = 3  # validations that a state may need to heal
 
 
 class AccuracyBudget(Budget):
     """Compress as far as a validation metric allows.
 
     Each validation ends a round. Where the metric has lost no more than `max_drop` since compression began, the state
-    is kept and the next round asks for fewer bytes; where it has lost more, another round may heal it, then the last
+    is kept and the next round asks for fewer bytes; where it has lost more, three more rounds may heal it, then the last
     state that was kept comes back, and steps get smaller. The fit ends at the smallest state that kept the budget.
     Rounds are as long as validations are apart: `Trainer(val_check_interval=0.25)` gives four an epoch. A learning
     rate at which the dense model would keep its metric lets rounds be judged fairly.
@@ -124,9 +124,8 @@ class AccuracyBudget(Budget):
             return
         within, self._verdict = self._verdict, None
         if within:
-            if not self._waited:  # steps that need to heal are large enough
-                self._ratio = max(_RATIO, self._ratio**2)
             self._waited = 0
+            self._ratio = max(_RATIO, self._ratio**2)
             self._size = self._kept.bytes
         elif self._waited < _PATIENCE or self._least > self.max_drop:  # the latter: there is nothing to go back to
             self._waited += 1
