@@ -14,13 +14,14 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_xai_compress import Distillation, Files, Pruning, Scoring, XAICompression, load_compressed
 from lightning_xai_compress.report import dense_bytes
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from data import FashionMNISTData
-from fashion_grid import Recipe, fingerprint, fit_settings_of, settings_of
+from fashion_grid import MEASURED, Recipe, fingerprint, fit_settings_of, settings_of
 from fashion_tasks import DENSE, Base, BaseResult, Run, RunResult
 from models import FashionNet, FashionResNet, ImageClassifier, LeNet300
 from runner import silence
@@ -144,6 +145,8 @@ def fit_run(run: Run, recipe: Recipe, cache: Path) -> RunResult:
 def compression_of(run: Run, recipe: Recipe, folder: Path) -> XAICompression:
     """The callback of a run."""
     settings = settings_of(run)
+    if settings.get("metric") == MEASURED:
+        settings["metric"] = MulticlassAccuracy(10, average="micro")
     if recipe.scoring_samples is not None:
         settings["scoring"] = Scoring(samples=recipe.scoring_samples)
     if recipe.pruning_steps is not None:

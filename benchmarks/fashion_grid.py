@@ -17,6 +17,7 @@ __all__ = [
     "FULL",
     "LAMP_MIXED",
     "MAGNITUDE_UNIFORM",
+    "MEASURED",
     "MODELS",
     "QUICK",
     "Recipe",
@@ -67,6 +68,7 @@ FULL = Recipe()
 QUICK = Recipe(1, 1, train_samples=1_024, val_samples=500, test_samples=500, scoring_samples=64, pruning_steps=3)
 
 
+MEASURED = "accuracy"  # a torchmetrics metric, measured before the first batch, too
 DEFAULT = Method("default")
 MAGNITUDE_UNIFORM = Method("magnitude", "uniform")
 LAMP_MIXED = Method("lamp")
@@ -152,18 +154,18 @@ def settings_of(run: Run) -> dict[str, Any]:
     elif budget.kind == "sparsity":
         settings["sparsity"] = budget.value
     elif budget.kind == "max_drop":
-        settings |= {"max_drop": budget.value, "metric": "val_acc", "mode": "max"}
+        settings |= {"max_drop": budget.value, "metric": MEASURED}
     return settings
 
 
 def fit_settings_of(run: Run, recipe: Recipe) -> dict[str, Any]:
     """Peak learning rate, and how often to validate.
 
-    `max_drop` judges every validated state by the dense model, which therefore must not suffer from the learning rate
-    itself; and its steps are as long as validations are apart.
+    `max_drop` judges every validated state by the dense model, which a high learning rate makes worse by itself until
+    it falls; and its steps are as long as validations are apart.
     """
     if run.budget.kind == "max_drop":
-        return {"learning_rate": 0.1 * recipe.learning_rate, "val_check_interval": 0.25}
+        return {"learning_rate": 0.3 * recipe.learning_rate, "val_check_interval": 0.25}
     return {"learning_rate": recipe.learning_rate, "val_check_interval": 1.0}
 
 

@@ -89,7 +89,7 @@ def test_a_run_comes_back_from_its_plain_form(bench):
         ({"method": "literal", "kind": "natural", "value": 0.0}, {"selection": "literal", "average_bits": 4.0}),
         (
             {"method": "default", "kind": "max_drop", "value": 0.5},
-            {"selection": "least", "max_drop": 0.5, "metric": "val_acc", "mode": "max"},
+            {"selection": "least", "max_drop": 0.5, "metric": "accuracy"},
         ),
     ],
 )

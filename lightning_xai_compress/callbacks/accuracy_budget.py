@@ -28,8 +28,8 @@ class AccuracyBudget(Budget):
     """Compress as far as a validation metric allows.
 
     Each validation ends a round. Where the metric has lost no more than `max_drop` since compression began, the state
-    is kept and the next round asks for fewer bytes; where it has lost more, three more rounds may heal it, then the last
-    state that was kept comes back, and steps get smaller. The fit ends at the smallest state that kept the budget.
+    is kept and the next round asks for fewer bytes; where it has lost more, three more rounds may heal it, then the
+    last state that was kept comes back, and steps get smaller. The fit ends at the smallest state that kept the budget.
     Rounds are as long as validations are apart: `Trainer(val_check_interval=0.25)` gives four an epoch. A learning
     rate at which the dense model would keep its metric lets rounds be judged fairly.
 
