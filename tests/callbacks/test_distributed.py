@@ -170,7 +170,7 @@ def test_there_is_one_set_of_files_one_table_and_one_report_on_all_ranks(ddp):
     first, second = ranks(folder, "plain")
 
     fits = len(list(folder.glob("*/report.json")))
-    assert fits == 11
+    assert fits == 12
     assert result.stdout.count("report: ") == fits
     assert result.stdout.count("estimated size") == fits + len(list(folder.glob("score_*.0.pt")))
     assert first["report"] == second["report"]
