@@ -18,6 +18,7 @@ from lightning_xai_compress.plan import ScoreMap, Skipped, unknown_rows
 from lightning_xai_compress.ranking import lamp
 from lightning_xai_compress.relevance import (
     AttentionRule,
+    Baseline,
     Explain,
     Processes,
     Statistic,
@@ -50,7 +51,7 @@ class _Request:
     statistics: tuple[Statistic, ...]
     epsilon: float
     attention: AttentionRule
-    baseline: float | Tensor
+    baseline: Baseline
     heatmaps: int
     seed: int
     processes: Processes | None
@@ -67,7 +68,7 @@ def score(
     statistics: Sequence[Statistic] = ("rms",),
     epsilon: float = 1e-6,
     attention: AttentionRule = "attnlrp",
-    baseline: float | Tensor = 0.0,
+    baseline: Baseline = 0.0,
     layers: Sequence[str] | None = None,
     heatmaps: int = 0,
     seed: int = 0,
@@ -110,7 +111,9 @@ def score(
         epsilon: Stabiliser of plain LRP-epsilon, >= 0.
         attention: "attnlrp" (Achtibat et al. 2024) or "cp" (Ali et al. 2022): in the latter, attention weights are
             constants, and the projections of queries and keys are unknown.
-        baseline: For "deeplift": the input to compare with, broadcast to the input.
+        baseline: For "deeplift", what the input is compared with: a number; a tensor, broadcast to the input, or one
+            for each floating-point input; "mean", the mean over all samples of the batches, which are gone through
+            twice; or "blurred", the input under a Gaussian of a tenth of its height and width.
         layers: Parameter names to score; all that `find_scorable` finds by default.
         heatmaps: Number of samples whose input relevance is kept, too ("lrp", "deeplift", "taylor", "fisher").
         seed: For "random".

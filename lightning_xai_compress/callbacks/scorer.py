@@ -15,7 +15,7 @@ from lightning_xai_compress.callbacks.stage import Scoring, Stage
 from lightning_xai_compress.criteria import SUMMED, Criterion, score
 from lightning_xai_compress.errors import NonFiniteError
 from lightning_xai_compress.plan import ScoreMap
-from lightning_xai_compress.relevance import Explain, Statistic
+from lightning_xai_compress.relevance import Baseline, Explain, Statistic, mean_inputs
 
 __all__ = ["Scorer"]
 
@@ -60,19 +60,23 @@ class Scorer:
         on_batch: Callable[[], None] | None = None,
     ) -> ScoreMap:
         """Score some batches by the criterion and the settings of this fit, where no others are given."""
+        criterion = self.criterion if criterion is None else criterion
+        baseline: Baseline = self.settings.baseline
+        if criterion == "deeplift" and isinstance(baseline, str) and baseline == "mean":  # of all processes' samples
+            baseline = mean_inputs(calibration_batches(self._trainer, samples=self.settings.samples, seed=seed))
         with ExitStack() as stack:
             for stage in self._stages:
                 stack.enter_context(stage.float_activations())
             return score(
                 self._module,
                 batches,
-                self.criterion if criterion is None else criterion,
+                criterion,
                 composite=self.settings.composite,
                 explain=explain or self.settings.explain,
                 statistics=self.settings.statistics if statistics is None else statistics,
                 epsilon=self.settings.epsilon,
                 attention=self.settings.attention,
-                baseline=self.settings.baseline,
+                baseline=baseline,
                 layers=self._layers,
                 heatmaps=heatmaps,
                 seed=seed,

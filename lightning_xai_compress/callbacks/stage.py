@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 from zennit.core import Composite
 
 from lightning_xai_compress.checks import check_number
 from lightning_xai_compress.plan import ScoreMap
 from lightning_xai_compress.relevance import (
     AttentionRule,
+    BaselineName,
     Explain,
     Statistic,
     check_attention,
+    check_baseline,
     check_composite,
     check_explain,
     check_statistics,
@@ -39,7 +42,8 @@ class Scoring:
         attention: "attnlrp", or "cp", which leaves the projections of queries and keys unknown, and so unpruned.
         statistics: What to collect beside the signed mean; "rms" is what the score is made of.
         epsilon: Stabiliser of plain LRP-epsilon, >= 0.
-        baseline: Input value that DeepLIFT compares with.
+        baseline: What DeepLIFT compares an input with: a number, "mean" (of the samples of the pass), "blurred", or a
+            tensor in the shape of a sample.
         samples: Training samples a pass, in whole batches, >= 1. Fewer than some hundred make the signs a lottery.
         seed: Decides which samples, and the criterion "random".
     """
@@ -49,7 +53,7 @@ class Scoring:
     attention: AttentionRule = "attnlrp"
     statistics: Sequence[Statistic] = ("rms",)
     epsilon: float = 1e-6
-    baseline: float = 0.0
+    baseline: float | BaselineName | Tensor = 0.0
     samples: int = 1024
     seed: int = 0
 
@@ -59,7 +63,7 @@ class Scoring:
         check_attention(self.attention)
         check_statistics(self.statistics)
         check_number("epsilon", self.epsilon)
-        check_number("baseline", self.baseline)
+        check_baseline(self.baseline)
         check_number("samples", self.samples, whole=True)
         check_number("seed", self.seed, whole=True)
         if not 0 <= self.seed < 2**32:

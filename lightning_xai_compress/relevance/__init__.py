@@ -1,6 +1,7 @@
 """The relevance engine: how much each weight contributes to what the model decides."""
 
 from lightning_xai_compress.relevance.attention import AttentionRule, check_attention
+from lightning_xai_compress.relevance.baselines import Baseline, BaselineName, check_baseline, mean_inputs
 from lightning_xai_compress.relevance.batchnorm import forward, tracked_norms, update_batchnorm
 from lightning_xai_compress.relevance.calls import call_order
 from lightning_xai_compress.relevance.composites import COMPOSITE_NAMES, check_composite
@@ -24,6 +25,8 @@ __all__ = [
     "LEAST_BATCHES",
     "STATISTICS",
     "AttentionRule",
+    "Baseline",
+    "BaselineName",
     "Ends",
     "Explain",
     "Processes",
@@ -33,6 +36,7 @@ __all__ = [
     "call_model",
     "call_order",
     "check_attention",
+    "check_baseline",
     "check_composite",
     "check_explain",
     "check_statistics",
@@ -43,6 +47,7 @@ __all__ = [
     "is_picture",
     "isolated",
     "known_names",
+    "mean_inputs",
     "relevance_sums",
     "save_heatmaps",
     "split_batch",

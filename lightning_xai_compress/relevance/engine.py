@@ -9,7 +9,7 @@ parameters, so that nothing of the model is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from zennit.core import Composite
 from lightning_xai_compress.errors import CompressionError, NonFiniteError, RelevanceError
 from lightning_xai_compress.plan import HeatMaps
 from lightning_xai_compress.relevance.attention import AttentionRule, check_attention
+from lightning_xai_compress.relevance.baselines import Baseline, check_baseline, mean_inputs, references
 from lightning_xai_compress.relevance.composites import read_composite
 from lightning_xai_compress.relevance.deeplift import DeepLift, Recording
 from lightning_xai_compress.relevance.explain import Explain, Explained, check_explain, input_tensors
@@ -44,7 +45,7 @@ def relevance_sums(
     explain: Explain = "margin",
     epsilon: float = 1e-6,
     attention: AttentionRule = "attnlrp",
-    baseline: float | Tensor = 0.0,
+    baseline: Baseline = 0.0,
     statistics: Iterable[Statistic] = ("rms",),
     by_sample: bool = False,
     heatmaps: int = 0,
@@ -61,7 +62,7 @@ def relevance_sums(
         explain: See `explained_tensor`.
         epsilon: Stabiliser of LRP-epsilon, >= 0.
         attention: "attnlrp" or "cp", see `attention.attend`.
-        baseline: Input of "deeplift" to compare with, broadcast to the input.
+        baseline: What "deeplift" compares with, see `score`.
         statistics: See `RelevanceSums`.
         by_sample: See `RelevanceSums`.
         heatmaps: Number of samples whose input relevance is kept, too.
@@ -79,6 +80,14 @@ def relevance_sums(
     check_explain(explain)
     if heatmaps < 0:
         raise ValueError(f"heatmaps must be >= 0, got {heatmaps}")
+    check_baseline(baseline)
+    if propagation == "deeplift" and isinstance(baseline, str) and baseline == "mean":
+        if isinstance(batches, Iterator):
+            raise RelevanceError(
+                "baseline='mean' goes through the batches twice, but an iterator gives them once: pass a list or a "
+                "DataLoader, or the mean itself as a tensor"
+            )
+        baseline = mean_inputs(batches)
     rules = read_composite(composite, model) if propagation == "lrp" else {}
     with isolated(model, layers) as copy:
         sums = RelevanceSums({name: copy.leaves[name].detach() for name in layers}, statistics, by_sample=by_sample)
@@ -104,7 +113,7 @@ class _Pass:
     """One pass over all batches, see `relevance_sums`."""
 
     def __init__(
-        self, copy: Isolated, mode: Interception, layers: Sequence[str], explain: Explain, baseline: float | Tensor
+        self, copy: Isolated, mode: Interception, layers: Sequence[str], explain: Explain, baseline: Baseline
     ) -> None:
         self.copy = copy
         self.mode = mode
@@ -171,7 +180,7 @@ class _Pass:
 
     def _record(self, index: int, batch: Any) -> list[Tensor]:
         assert isinstance(self.mode, DeepLift)
-        replaced = self.copy.replaced(batch, self._at_baseline)
+        replaced = self.copy.replaced(batch, lambda inputs: references(self.baseline, inputs))
         reference = input_tensors(replaced)
         if not reference:
             raise RelevanceError(
@@ -182,15 +191,6 @@ class _Pass:
             self.copy.run(replaced, index, self.explain)
         self.mode.start(recording)
         return reference
-
-    def _at_baseline(self, x: Tensor) -> Tensor:
-        baseline = torch.as_tensor(self.baseline, dtype=x.dtype, device=x.device)
-        try:
-            return baseline.broadcast_to(x.shape).clone()
-        except RuntimeError as error:
-            raise RelevanceError(
-                f"a baseline of shape {tuple(baseline.shape)} does not broadcast to an input of {tuple(x.shape)}"
-            ) from error
 
     def _check(self, index: int, batch: Any, explained: Explained) -> None:
         if not explained.tensor.numel():
@@ -215,8 +215,12 @@ class _Pass:
         """An explained tensor that is the same for every input explains nothing."""
         if depends_on(explained.tensor, inputs):
             return
+
         # the path may be cut on purpose (frozen layers under no_grad): then the values still change
-        changed = self.copy.replaced(batch, lambda x: x + torch.randn_like(x) * (x.std(correction=0) + 1))
+        def moved(x: Tensor) -> Tensor:
+            return x + torch.randn_like(x) * (x.std(correction=0) + 1)
+
+        changed = self.copy.replaced(batch, lambda inputs: [moved(x) for x in inputs])
         with torch.no_grad():
             other = self.copy.run(changed, 0, self.explain).tensor
         if other.shape == explained.tensor.shape and torch.equal(other, explained.tensor):

@@ -94,11 +94,12 @@ class Isolated:
 
         return _each(batch, tracked), leaves
 
-    def replaced(self, batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-        """The prepared batch with a function applied to its floating-point inputs."""
+    def replaced(self, batch: Any, function: Callable[[list[Tensor]], list[Tensor]]) -> Any:
+        """The prepared batch with others in place of its floating-point inputs (`input_tensors`)."""
         batch, _ = self.prepare(batch)
-        chosen = {id(tensor) for tensor in input_tensors(batch)}
-        return _each(batch, lambda tensor: function(tensor) if id(tensor) in chosen else tensor)
+        inputs = input_tensors(batch)
+        others = dict(zip(map(id, inputs), function(inputs), strict=True))
+        return _each(batch, lambda tensor: others.get(id(tensor), tensor))
 
     def run(self, batch: Any, batch_idx: int, explain: Explain) -> Explained:
         """Explain a prepared batch, see `explained_tensor`."""

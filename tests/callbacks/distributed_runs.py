@@ -141,12 +141,14 @@ def ddp(folder, device):
     """All scenarios of one launch: Lightning starts the second process with the first Trainer."""
     one = {"max_epochs": 1, **device}
 
-    def scores(name, *, model=ToyNet, data=None, samples=64, **settings):
-        stage = RelevanceScoring(relevance_epochs=[0], scoring=Scoring(samples=samples), **settings)
+    def scores(name, *, model=ToyNet, data=None, samples=64, baseline=0.0, **settings):
+        scoring = Scoring(samples=samples, baseline=baseline)
+        stage = RelevanceScoring(relevance_epochs=[0], scoring=scoring, **settings)
         run(folder, name, stage, model, data=data or Corners(), **one)
 
     for criterion in (*SUMMED, "magnitude", "random"):
         scores(f"score_{criterion}", criterion=criterion)
+    scores("score_mean", criterion="deeplift", baseline="mean")
     scores("score_own", criterion=by_rows)
     scores("score_few", data=Corners(16))  # a single batch, which rank 0 takes
 

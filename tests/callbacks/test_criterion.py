@@ -102,6 +102,7 @@ def test_pruning_what_is_non_positive_needs_a_sign(tmp_path, settings):
         ({"scoring": lambda: Scoring(attention="half")}, "attention must be 'attnlrp' or 'cp'"),
         ({"scoring": lambda: Scoring(statistics=["median"])}, "statistics must be a list of some of rms"),
         ({"scoring": lambda: Scoring(baseline=float("nan"))}, "baseline must be finite"),
+        ({"scoring": lambda: Scoring(baseline="median")}, "baseline must be a number, 'mean', 'blurred'"),
     ],
 )
 def test_settings_are_refused_when_they_are_made(settings, text):
@@ -141,6 +142,33 @@ def test_the_settings_of_scoring_reach_the_scores(tmp_path):
     assert not torch.allclose(scores["epsilon"].score["first.weight"], scores["plus"].score["first.weight"])
     assert scores["predicted"].absolute.keys() == expected.score.keys()
     assert scores["predicted"].rms == {}
+
+
+def test_deeplift_compares_with_the_mean_of_the_training_samples(tmp_path):
+    torch.manual_seed(0)
+    model, data = ToyNet(), Corners().data.tensors
+    stage = RelevanceScoring(relevance_epochs=[0], criterion="deeplift", scoring=Scoring(samples=64, baseline="mean"))
+
+    fit(tmp_path, [stage], copy.deepcopy(model), max_epochs=1)
+
+    expected = score(model, [data], "deeplift", baseline=data[0].mean(0))
+    for name, each in expected.score.items():
+        torch.testing.assert_close(stage.scores.score[name], each, rtol=1e-4, atol=1e-9)
+
+
+def test_samples_of_several_shapes_have_no_mean_and_are_refused_before_training(tmp_path):
+    class Growing(Corners):
+        def train_dataloader(self):
+            x, y = self.data.tensors
+            whole = [(x[:16], y[:16]), (torch.cat([x[16:32], x[16:32]], dim=-1), y[16:32])]
+            return torch.utils.data.DataLoader(whole, batch_size=None)
+
+    model = ToyNet()
+    stage = RelevanceScoring(criterion="deeplift", scoring=Scoring(samples=64, baseline="mean"))
+
+    with pytest.raises(RelevanceError, match="baseline='mean' needs samples of one shape, but batch"):
+        fit(tmp_path, [stage], model, data=Growing())
+    assert model.losses == []
 
 
 def test_a_standard_error_needs_enough_batches_before_training(tmp_path):

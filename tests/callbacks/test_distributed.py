@@ -92,12 +92,13 @@ def test_both_ranks_of_ddp_end_with_the_same_weights_masks_and_bits(ddp, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("criterion", [*SUMMED, "magnitude", "random"])
-def test_scores_of_two_processes_are_those_of_one_on_all_samples(ddp, criterion):
+@pytest.mark.parametrize("run", [*SUMMED, "magnitude", "random", "mean"])
+def test_scores_of_two_processes_are_those_of_one_on_all_samples(ddp, run):
     folder, _, accelerator = ddp
-    first, second = ranks(folder, f"score_{criterion}")
+    first, second = ranks(folder, f"score_{run}")
     torch.manual_seed(0)
-    expected = score(ToyNet(), [Corners().data.tensors], criterion, seed=0)
+    criterion, settings = ("deeplift", {"baseline": "mean"}) if run == "mean" else (run, {})
+    expected = score(ToyNet(), [Corners().data.tensors], criterion, seed=0, **settings)
 
     assert_equal(first, second, "score", "relevance", "sensitivity")
     assert first["samples"] == expected.samples == (64 if criterion in SUMMED else 0)
