@@ -1,11 +1,13 @@
 """Which function of relevance and weight ranks weights best: the family Q^a |w'|, its starts, and LAMP's normalization.
 
     python benchmarks/score_study.py [--models lenet cnn] [--reductions 97.5 99] [--scores NAME ...] [--seeds 0 1 2]
-                                     [--learning-rate X] [--weight-decay X] [--untaught] [--output FILE.json]
+                                     [--learning-rate X] [--weight-decay X] [--untaught] [--jobs N] [--report]
+                                     [--output FILE.json]
 
 Every score compresses the same dense checkpoint of `fashion_bench.py` (which is trained if it is not there) to the
 same bytes by the same recipe. Judged is the file read back, on the 5,000 validation images: the test images are not
-touched. Results are written as they come, and a run that is there is not done again.
+touched. Results are written as they come, and a run that is there is not done again; nor is one that
+`fashion_bench.py` has done, whose validation accuracies are taken from its results.
 
 | name | score |
 |---|---|
@@ -21,8 +23,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
+import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +40,60 @@ from lightning_xai_compress import Pruning, ScoreMap, XAICompression, load_compr
 from lightning_xai_compress.tables import table
 
 from common import RESULTS, Results, environment
+from fashion_checks import Row
 from fashion_fit import Data, common_settings, fit_base, load_dense, network, prepare, train, trainer_of
-from fashion_grid import FULL, Recipe
+from fashion_grid import FULL, Recipe, fingerprint
 from fashion_tasks import DENSE, Base
 
-SCORES = ("q0", "q25", "q50", "q75", "q100", "q50@logit", "q100@logit", "q50+lamp", "lamp", "fisher", "sign")
+SCORES = ("q0", "q25", "q50", "q75", "q50@logit", "q100@logit", "q50+lamp", "q100+lamp", "sign")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compression.
+
+    Args:
+        model, reduction, seed: What is compressed how far, in percent.
+        score: A name of the table above.
+        taught: Whether the dense model teaches.
+    """
+
+    model: str
+    score: str
+    reduction: float
+    seed: int
+    learning_rate: float = FULL.learning_rate
+    weight_decay: float = FULL.weight_decay
+    taught: bool = True
+
+    @property
+    def recipe(self) -> Recipe:
+        """That of the benchmark, but for what is studied."""
+        return replace(
+            FULL,
+            distillation=FULL.distillation if self.taught else None,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+        )
+
+    @property
+    def conditions(self) -> str:
+        """All but model, size, score and seed."""
+        taught = "taught" if self.taught else "untaught"
+        return f"learning rate {self.learning_rate:g}, weight decay {self.weight_decay:g}, {taught}"
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        recipe = f"lr{self.learning_rate:g}/decay{self.weight_decay:g}/{'taught' if self.taught else 'untaught'}"
+        return f"{self.model}/{self.score}/{self.reduction:g}/{recipe}/seed{self.seed}"
+
+    @classmethod
+    def read(cls, key: str) -> Case:
+        """The case of a key."""
+        model, name, reduction, rate, decay, taught, seed = key.split("/")
+        numbers = float(rate.removeprefix("lr")), float(decay.removeprefix("decay"))
+        return cls(model, name, float(reduction), int(seed.removeprefix("seed")), *numbers, taught == "taught")
 
 
 def main() -> None:
@@ -45,46 +101,64 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["lenet", "cnn"])
     parser.add_argument("--reductions", type=float, nargs="+", default=[97.5, 99.0])
     parser.add_argument("--scores", nargs="+", default=[*SCORES])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--untaught", action="store_true", help="without the dense model as a teacher")
     parser.add_argument("--learning-rate", type=float, default=FULL.learning_rate)
     parser.add_argument("--weight-decay", type=float, default=FULL.weight_decay)
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables from the results")
     parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmark"))
     parser.add_argument("--output", type=Path, default=RESULTS / "score_study.json")
     arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     prepare()
+    cache = arguments.cache.resolve()
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"runs": {}}
-    results = Results(arguments.output, **{**found, "environment": environment(arguments.seeds)})
-    recipe = replace(
-        FULL,
-        distillation=None if arguments.untaught else FULL.distillation,
-        learning_rate=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-    )
-    taught = "untaught" if arguments.untaught else "taught"
-    recipe_key = f"lr{arguments.learning_rate:g}/decay{arguments.weight_decay:g}/{taught}"
-    for seed in arguments.seeds:
-        for model in arguments.models:
-            fit_base(Base(model, seed, DENSE), FULL, arguments.cache)
-            for reduction in arguments.reductions:
-                for name in arguments.scores:
-                    key = f"{model}/{name}/{reduction:g}/{recipe_key}/seed{seed}"
-                    if key not in results.content["runs"]:
-                        folder = arguments.cache / "score_study" / key
-                        figures = run(Base(model, seed, DENSE), name, reduction, recipe, arguments.cache, folder)
-                        results.add("runs", key, **figures)
-                        print(key, results.content["runs"][key], flush=True)
-    print(summary(results.content["runs"]))
+    known = of_benchmark(RESULTS / "fashion_mnist.json")
+    if not arguments.report:
+        results = Results(arguments.output, **{**found, "environment": environment(arguments.seeds)})
+        numbers = arguments.learning_rate, arguments.weight_decay, not arguments.untaught
+        cases = [
+            case
+            for seed in arguments.seeds
+            for model in arguments.models
+            for reduction in arguments.reductions
+            for name in arguments.scores
+            if (case := Case(model, name, reduction, seed, *numbers)) not in known
+            and case.key not in results.content["runs"]
+        ]
+        for base in dict.fromkeys(Base(case.model, case.seed, DENSE) for case in cases):
+            fit_base(base, FULL, cache)
+        with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), prepare) as pool:
+            waiting = {pool.submit(run, case, cache): case for case in cases}
+            for left, future in enumerate(as_completed(waiting)):
+                key = waiting[future].key
+                results.add("runs", key, **future.result())
+                print(f"{key}: {results.content['runs'][key]}, {len(cases) - left - 1} left", flush=True)
+        found = results.content
+    print(summary(known | {Case.read(key): values["val"] for key, values in found["runs"].items()}))
 
 
-def run(base: Base, name: str, reduction: float, recipe: Recipe, cache: Path, folder: Path) -> dict[str, float]:
-    """Compress by one score; validation accuracy of the file in percent, and what it is made of."""
-    criterion, *marks = name.split("+")
-    model, seed = base.model, base.seed
-    net = network(model, seed, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    load_dense(net, model, seed, FULL, cache)
+def of_benchmark(path: Path) -> dict[Case, float]:
+    """Validation accuracies of the benchmark's own runs to a size."""
+    content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    found = {}
+    for row in map(Row.read, content["runs"].values()):
+        if row.run.budget.kind == "size" and row.recipe == fingerprint(FULL, row.run):
+            name = "q100" if row.run.method.name == "default" else row.run.method.name
+            name += "+uniform" if row.run.method.widths == "uniform" else ""
+            found[Case(row.run.model, name, row.run.budget.value, row.run.seed)] = row.val
+    return found
+
+
+def run(case: Case, cache: Path) -> dict[str, float]:
+    """Compress; validation accuracy of the file in percent, and what it is made of."""
+    criterion, *marks = case.score.split("+")
+    recipe, folder = case.recipe, cache / "score_study" / case.key
+    net = network(case.model, case.seed, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    load_dense(net, case.model, case.seed, FULL, cache)
     compression = XAICompression(
-        target_size=round(1 - reduction / 100, 6),
+        target_size=round(1 - case.reduction / 100, 6),
         criterion=member(criterion) if criterion[0] == "q" or criterion == "sign" else criterion,
         pruning=Pruning(normalization="lamp" if "lamp" in marks else None),
         selection="least",
@@ -92,8 +166,8 @@ def run(base: Base, name: str, reduction: float, recipe: Recipe, cache: Path, fo
         export_dir=str(folder),
         **common_settings(recipe),
     )
-    seconds = train(net, seed, recipe, [compression])
-    read = load_compressed(folder / "model.safetensors", network(model, seed))
+    seconds = train(net, case.seed, recipe, [compression])
+    read = load_compressed(folder / "model.safetensors", network(case.model, case.seed))
     value = trainer_of(recipe).validate(read, datamodule=Data(recipe, 0), verbose=False)[0]["val_acc"]
     size, report = (folder / "model.safetensors").stat().st_size, compression.report
     return {"val": 100 * value, "bytes": size, "sparsity": report.sparsity if report else 0.0, "seconds": seconds}
@@ -124,24 +198,41 @@ def _family(scores: ScoreMap, power: float) -> dict[str, Tensor]:
     }
 
 
-def summary(runs: Mapping[str, Mapping[str, float]]) -> str:
-    """A row a score, a column a network and size; means over seeds."""
-    cells: dict[str, dict[str, list[float]]] = {}
-    for key, values in runs.items():
-        model, name, *column, _ = key.split("/")
-        cells.setdefault(name, {}).setdefault(" ".join([model, *column]), []).append(values["val"])
-    columns = list(dict.fromkeys(column for each in cells.values() for column in each))
-    rows = [
-        (
-            name,
-            *(
-                f"{sum(found) / len(found):.2f} ({len(found)})" if (found := each.get(column)) else ""
+def summary(found: Mapping[Case, float]) -> str:
+    """Under each of the conditions a table: a row a score, a column a network and size; means over seeds.
+
+    The last column is the mean of the paired differences from q100 over all networks, sizes and seeds that both have,
+    and its standard error.
+    """
+    parts = []
+    for conditions in dict.fromkeys(case.conditions for case in found):
+        cases = {case: value for case, value in found.items() if case.conditions == conditions}
+        columns = sorted({(case.model, case.reduction) for case in cases})
+        rows = []
+        for name in dict.fromkeys(case.score for case in cases):
+            cells = [
+                [value for case, value in cases.items() if (case.score, case.model, case.reduction) == (name, *column)]
                 for column in columns
-            ),
-        )
-        for name, each in cells.items()
-    ]
-    return table(("score", *columns), rows)
+            ]
+            differences = [
+                value - cases[other]
+                for case, value in cases.items()
+                if case.score == name and (other := replace(case, score="q100")) in cases
+            ]
+            rows.append((name, *map(_mean, cells), _mean(differences, signed=True) if name != "q100" else ""))
+        header = ("score", *(f"{model} {reduction:g} %" for model, reduction in columns), "against q100")
+        parts.append(f"{conditions}\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def _mean(values: Sequence[float], *, signed: bool = False) -> str:
+    """Mean and, of differences, its standard error; how many in parentheses."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):{'+' if signed else ''}.2f}"
+    if signed and len(values) > 1:
+        mean += f" +- {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+    return f"{mean} ({len(values)})"
 
 
 if __name__ == "__main__":
