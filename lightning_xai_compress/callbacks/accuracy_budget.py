@@ -22,6 +22,7 @@ _RATIO = 0.7  # of the bytes that the next step asks for
 _FINEST = 0.97  # ratio beyond which steps grow no finer
 _CLOSE = 0.02  # of the bytes asked for: a round may ask for a little too much
 _PATIENCE = 3  # validations that a state may need to heal
+_SEARCH = 0.75  # of the fit from where compression begins; afterwards what was found trains on
 
 
 class AccuracyBudget(Budget):
@@ -29,7 +30,8 @@ class AccuracyBudget(Budget):
 
     Each validation ends a round. Where the metric has lost no more than `max_drop` since compression began, the state
     is kept and the next round asks for fewer bytes; where it has lost more, three more rounds may heal it, then the
-    last state that was kept comes back, and steps get smaller. The fit ends at the smallest state that kept the budget.
+    last state that was kept comes back, and steps get smaller. In the last quarter of the fit the smallest state that
+    kept the budget trains on, without further steps, and the fit ends with the latest of its validations that kept it.
     Rounds are as long as validations are apart: `Trainer(val_check_interval=0.25)` gives four an epoch. A learning
     rate at which the dense model would keep its metric lets rounds be judged fairly.
 
@@ -56,10 +58,11 @@ class AccuracyBudget(Budget):
         self._ratio = _RATIO
         self._waited = 0
         self._verdict: bool | None = None  # of the latest validation, until it is acted on
-        self._step = -1  # at which the present weights were measured
+        self._present = -1  # step at which the kept weights are those of the module
         self._kept = Best("min")
         self._positives = 0  # of what was pruned in that state
-        self._least = math.inf  # points lost by the best compressed state so far
+        self._least = math.inf  # points lost by the kept state
+        self._settled = False  # the search for a smaller one is over
         self._tried: frozenset[str] = frozenset()  # logged metrics of the trial validation, where there was one
         self._missed = False
 
@@ -120,7 +123,9 @@ class AccuracyBudget(Budget):
             if batch >= self._first and not self._waits_for_metric(session):
                 self._begin(session, batch)
             return
-        if self._verdict is None:
+        if not self._settled and batch >= self._first + _SEARCH * (session.clock.batches - self._first):
+            self._settle(session, batch)
+        if self._verdict is None or self._settled:
             return
         within, self._verdict = self._verdict, None
         if within:
@@ -135,6 +140,16 @@ class AccuracyBudget(Budget):
             self._ratio = min(math.sqrt(self._ratio), _FINEST)
             self._go_back(session, batch)
         self._shrink(session, batch)
+
+    def _settle(self, session: Session, batch: int) -> None:
+        """Let the smallest state within the budget train to the end; where there is none, the one that is there."""
+        self._settled = True
+        if self._least <= self.max_drop and not self._holds_kept(session):
+            self._go_back(session, batch)
+
+    def _holds_kept(self, session: Session) -> bool:
+        """Whether the module has the kept weights: nothing has changed them since they were measured."""
+        return self._present == session.trainer.global_step
 
     def _waits_for_metric(self, session: Session) -> bool:
         """A named metric is known from the first validation on."""
@@ -157,6 +172,7 @@ class AccuracyBudget(Budget):
         low = session.latent.mask().sparsity
         with self.halting(session):
             found = self.drafts(session, scores).pruned(wanted, VALUE_BITS, low=low, close=_CLOSE)
+            self._present = -1
             self.apply(session, scores, found, batch, "compressed")
             self._size = wanted
 
@@ -179,19 +195,23 @@ class AccuracyBudget(Budget):
         if self._reference is None or value is None:
             return
         lost, size = self.lost(value), self.path[-1].bytes
-        self._verdict, self._step = lost <= self.max_drop, session.trainer.global_step
-        smaller, alike = size < self._kept.bytes * (1 - CLOSE), size <= self._kept.bytes * (1 + CLOSE)
+        self._verdict = lost <= self.max_drop
+        smaller = size < self._kept.bytes * (1 - CLOSE)
         first = self._least > self.max_drop  # nothing has kept the budget so far
-        if (self._verdict and (first or smaller or (alike and lost < self._least))) or (first and lost < self._least):
+        better = size <= self._kept.bytes * (1 + CLOSE) and lost < self._least
+        later = self._settled  # the same state, which has trained longer
+        if (self._verdict and (first or smaller or better or later)) or (first and lost < self._least):
             self._least = lost
             self._kept.keep(value, session.epoch_after_batch(), session.module, session.averaging.latent_state())
             self._kept.bytes, self._positives = size, self.pruning.positives
+            self._present = session.trainer.global_step
 
     def _go_back(self, session: Session, batch: int) -> None:
         session.latent.settle()
         fill(session.module, self._kept.weights)
         session.latent.load_state_dict(self._kept.latent)
         self._size, self.pruning.positives = self._kept.bytes, self._positives
+        self._present = session.trainer.global_step
         session.record(
             "rolled back",
             batch,
@@ -207,7 +227,7 @@ class AccuracyBudget(Budget):
             rank_zero_warn(self.outcome)
             return
         assert self.export is not None
-        if self._step != session.trainer.global_step or self.path[-1].metric != value:
+        if not self._holds_kept(session):
             self._go_back(session, session.batch)
             self.export.accuracy.restate(session, value, self._kept.epoch)
         if self._least <= self.max_drop:
@@ -228,8 +248,9 @@ class AccuracyBudget(Budget):
             "ratio": self._ratio,
             "waited": self._waited,
             "verdict": self._verdict,
-            "step": self._step,
             "least": self._least,
+            "settled": self._settled,
+            "present": self._present,
             "positives": self._positives,
             "kept": self._kept.state(),
         }
@@ -240,7 +261,8 @@ class AccuracyBudget(Budget):
         super().load(state)
         own = state.get("rounds", {})
         self._reference, self._size, self._ratio = own.get("reference"), own.get("size", 0.0), own.get("ratio", _RATIO)
-        self._waited, self._verdict, self._step = own.get("waited", 0), own.get("verdict"), own.get("step", -1)
+        self._waited, self._verdict = own.get("waited", 0), own.get("verdict")
         self._least, self._positives = own.get("least", math.inf), own.get("positives", 0)
+        self._settled, self._present = own.get("settled", False), own.get("present", -1)
         self._kept = Best("min")
         self._kept.load(own.get("kept", {}))

@@ -40,7 +40,10 @@ def test_the_fit_ends_at_the_smallest_state_that_kept_the_budget(tmp_path):
     lost = [point for point in report.path if point.metric == 0.5]
     assert kept
     assert lost
-    assert report.compressed.bytes == min(point.bytes for point in kept)
+    smallest = min(kept, key=lambda point: point.bytes)
+    assert [point.sparsity for point in report.path[-4:]] == [smallest.sparsity] * 4  # a quarter of the fit
+    assert report.compressed.bytes == report.path[-1].bytes
+    assert any(point.epoch < 13 and point.sparsity == smallest.sparsity for point in kept)
     assert report.compressed.bytes == (tmp_path / "model.safetensors").stat().st_size
     assert report.compressed.accuracy == 1.0
     assert report.budget.startswith("max_drop: +0.00 of 5 points lost")
@@ -51,6 +54,45 @@ def test_the_fit_ends_at_the_smallest_state_that_kept_the_budget(tmp_path):
     assert zeros / 6656 <= 0.9
     # those of states that were given up do not count
     assert 0 < report.positive_pruned < round(6656 * report.sparsity)
+
+
+def test_the_smallest_state_trains_to_the_end_and_its_latest_validation_counts(tmp_path):
+    class Healing(GradedNet):
+        """Beyond a sparsity it fails; in the last epochs what is left of a drop heals, but for the very last."""
+
+        def log(self, name, value, *args, **kwargs):
+            if name == "quality" and value == 1.0 and self.current_epoch > 1:
+                value = 0.99 if self.current_epoch in (13, 14) else 0.96
+            super().log(name, value, *args, **kwargs)
+
+    callback = graded(tmp_path)
+
+    fit(tmp_path, [callback], model=Healing, max_epochs=16)
+
+    assert [point.metric for point in callback.report.path[-4:]] == pytest.approx([0.96, 0.99, 0.99, 0.96])
+    assert callback.report.compressed.accuracy == pytest.approx(0.96)
+    assert callback.report.exported_epoch is None
+    assert callback.report.budget.startswith("max_drop: +4.00 of 5 points lost")
+
+
+def test_where_the_last_validation_fails_the_one_before_counts(tmp_path):
+    class Falling(GradedNet):
+        def log(self, name, value, *args, **kwargs):
+            if name == "quality" and self.current_epoch == 15:
+                value = 0.1
+            super().log(name, value, *args, **kwargs)
+
+    callback = graded(tmp_path)
+
+    model, _ = fit(tmp_path, [callback], model=Falling, max_epochs=16)
+
+    report = callback.report
+    assert report.path[-1].metric == pytest.approx(0.1)
+    assert report.compressed.accuracy == 1.0
+    assert report.history[-1]["event"] == "rolled back"
+    assert report.compressed.bytes == report.path[-2].bytes
+    loaded = load_compressed(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[name], each) for name, each in model.state_dict().items())
 
 
 def test_steps_get_finer_where_they_went_too_far(tmp_path):
