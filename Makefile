@@ -41,7 +41,7 @@ format: $(STAMP)
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[onnx,examples,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[onnx,structured,examples,dev]"
 	touch $(STAMP)
 
 # The real images come as a Debian package; elsewhere torchvision downloads them on first use.

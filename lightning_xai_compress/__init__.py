@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_xai_compress.callbacks import (
         AccuracyBudget,
+        ChannelPruning,
+        Channels,
         CompressedExport,
         DenseTeacher,
         Distillation,
@@ -43,6 +45,8 @@ __all__ = [
     "ArtifactError",
     "BitAllocation",
     "BudgetError",
+    "ChannelPruning",
+    "Channels",
     "Choice",
     "Compressed",
     "CompressedExport",
@@ -80,6 +84,8 @@ __version__ = "0.1.0"
 _ROOMS = {
     "callbacks": (
         "AccuracyBudget",
+        "ChannelPruning",
+        "Channels",
         "CompressedExport",
         "DenseTeacher",
         "Distillation",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +20,7 @@ from lightning_xai_compress.formats import Files, finished, packed_size
 from lightning_xai_compress.plan import CompressionPlan, Mask, Skipped
 from lightning_xai_compress.quantization import Allocated, Strategy, WidthCosts, quantize
 from lightning_xai_compress.report import Mode, estimated_bytes
+from lightning_xai_compress.structure import Kept, shrunk_plan
 
 __all__ = [
     "CLOSE",
@@ -48,6 +49,7 @@ _STEP = 1.25  # in density, until a search has both sides
 
 Select = Callable[[float], Mask]
 Measure = Callable[[Mapping[str, Tensor]], WidthCosts]
+Smaller = Callable[[], AbstractContextManager[Kept | None]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Drafts:
         strategy: How widths are chosen, see `WidthCosts.choose`.
         files: How files will be written: whether the rest is rounded to float16, and BatchNorm merged.
         skipped, provenance: Are in the file, too.
+        smaller: Makes the model as small as the file holds it.
     """
 
     model: nn.Module
@@ -87,6 +90,7 @@ class Drafts:
     files: Files = field(default_factory=Files)
     skipped: tuple[Skipped, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
+    smaller: Smaller = nullcontext
 
     def pruned(self, limit: float, value_bits: float, *, low: float = 0.0, close: float = CLOSE) -> Candidate:
         """As little pruning as fits a number of bytes.
@@ -175,7 +179,7 @@ class Drafts:
         values = {name: quantize(masked[name], found.allocation[name], found.scales[name]) for name in masked}
         plan = CompressionPlan(mask, found.allocation, found.scales, self.skipped, self.provenance)
         with replaced(self.model, values):
-            return Candidate(mask, found, weigh(self.model, plan, self.files))
+            return Candidate(mask, found, weigh(self.model, plan, self.files, self.smaller))
 
 
 def choose(costs: WidthCosts, max_bytes: float, strategy: Strategy = "knapsack") -> Allocated:
@@ -278,15 +282,17 @@ def expected_sparsity(target: int, dense: int, weights: int, bits: float) -> flo
 
 
 @torch.no_grad()
-def weigh(model: nn.Module, plan: CompressionPlan, files: Files) -> int:
+def weigh(model: nn.Module, plan: CompressionPlan, files: Files, smaller: Smaller = nullcontext) -> int:
     """Bytes of the packed file of a model that holds the compressed values.
 
     Args:
         model: As it was afterwards.
         plan: What was decided.
         files: How it is written.
+        smaller: Makes the model as small as the file holds it.
     """
-    with finished(model, files, set(plan.mask.keep)) as left:
+    with smaller() as kept, finished(model, files, set(plan.mask.keep)) as left:
+        plan = shrunk_plan(plan, kept) if kept else plan
         named = tuple(entry for entry in left if entry not in plan.skipped)  # is in the file, too
         return packed_size(model, replace(plan, skipped=(*plan.skipped, *named))).total
 

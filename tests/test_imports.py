@@ -17,20 +17,22 @@ ALLOWED = {
     "plan": set(),
     "ranking": set(),
     "layers": {"errors", "plan"},
+    "sizes": set(),
     "relevance": {"errors", "plan", "layers"},
     "criteria": {"errors", "plan", "ranking", "layers", "relevance"},
     "pruning": {"errors", "plan", "ranking"},
     "quantization": {"errors", "plan"},
-    "formats": {"errors", "plan", "layers"},
+    "structure": {"errors", "plan", "sizes"},
+    "formats": {"errors", "plan", "layers", "sizes"},
     "report": {"errors", "plan", "layers", "relevance", "formats", "tables"},
-    "budget": {"errors", "plan", "formats", "quantization", "report"},
+    "budget": {"errors", "plan", "structure", "formats", "quantization", "report"},
     "compression": {
         *("errors", "plan", "layers", "relevance", "criteria", "pruning", "quantization", "formats", "report"),
         "budget",
     },
     "callbacks": {
         *("errors", "plan", "layers", "relevance", "criteria", "pruning", "quantization", "formats", "report"),
-        *("budget", "tables"),
+        *("structure", "budget", "tables"),
     },
     "commands": {"errors", "formats", "callbacks", "tables"},
     "__main__": {"commands"},
@@ -40,6 +42,7 @@ OWNERS = {
     "lightning": "callbacks",
     # the second one only where load_compressed(integers=True) asks for it: formats must not import quantization
     "torchao": ("quantization/grid.py", "formats/load_torchao.py"),
+    "torch_pruning": "structure/dependencies.py",
     "torchmetrics": ("report", "compression", "callbacks"),
 }
 

@@ -2,6 +2,7 @@
 
 from lightning_xai_compress.callbacks.accuracy_budget import AccuracyBudget
 from lightning_xai_compress.callbacks.budget import SizeBudget
+from lightning_xai_compress.callbacks.channels import ChannelPruning, Channels
 from lightning_xai_compress.callbacks.compress import XAICompression
 from lightning_xai_compress.callbacks.distillation import DenseTeacher, Distillation
 from lightning_xai_compress.callbacks.export import CompressedExport
@@ -12,6 +13,8 @@ from lightning_xai_compress.callbacks.stage import Scoring
 
 __all__ = [
     "AccuracyBudget",
+    "ChannelPruning",
+    "Channels",
     "CompressedExport",
     "DenseTeacher",
     "Distillation",

@@ -41,7 +41,7 @@ _ALLOWED = 0.02  # of the target: what a file may be smaller
 class Budget(CompressionCallback, Stage):
     """What budgets of size and of accuracy share: candidates on paper, and the path of states that were measured."""
 
-    rank: ClassVar[int] = 3
+    rank: ClassVar[int] = 4
     needs_scores: ClassVar[bool] = True
     is_budget: ClassVar[bool] = True
     leads: ClassVar[bool] = False  # whether it decides alone, and pruning and precision only lend their settings
@@ -109,6 +109,7 @@ class Budget(CompressionCallback, Stage):
             files=self.files,
             skipped=tuple(session.skipped),
             provenance=session.provenance,
+            smaller=session.smaller,
         )
 
     @contextmanager
@@ -138,7 +139,7 @@ class Budget(CompressionCallback, Stage):
     def bytes(self, session: Session) -> int:
         """Of the packed file of the present model."""
         plan = session.latent.plan(tuple(session.skipped), provenance=session.provenance)
-        return weigh(session.module, plan, self.files)
+        return weigh(session.module, plan, self.files, session.smaller)
 
     def measured(self, session: Session, value: float | None) -> None:
         """A validation is over: one more state of the path."""

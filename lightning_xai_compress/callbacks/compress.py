@@ -11,6 +11,7 @@ from lightning_xai_compress.callbacks.accuracy_budget import AccuracyBudget
 from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.best import Mode
 from lightning_xai_compress.callbacks.budget import Budget, SizeBudget
+from lightning_xai_compress.callbacks.channels import ChannelPruning, Channels
 from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.distillation import DenseTeacher, Distillation
 from lightning_xai_compress.callbacks.export import CompressedExport
@@ -64,6 +65,9 @@ class XAICompression(CompressionCallback):
             widths).
         files: How files are written (integer types, 8-bit activations, float16, BatchNorm merged): Files(onnx_bits,
             activations, ranges, float16, merge_batchnorm).
+        structure: "channel": whole channels go, too, and files hold a smaller module, see `ChannelPruning`; None: not.
+        channels: How many channels, and which: Channels(macs, parameters, channels, score, multiple, floor, steps,
+            protect).
         distillation: Let the dense model teach, see `DenseTeacher`: Distillation(weight, temperature, outputs,
             module, class_axis); None: not.
 
@@ -95,6 +99,8 @@ class XAICompression(CompressionCallback):
         pruning: Pruning | None = None,
         quantization: Quantization | None = None,
         files: Files | None = None,
+        structure: Literal["channel"] | None = None,
+        channels: Channels | None = None,
         distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
@@ -107,6 +113,13 @@ class XAICompression(CompressionCallback):
         self._precision = MixedPrecision(
             average_bits=average_bits, bits=bits, start=pruning_end, exclude=exclude, quantization=quantization
         )
+        if structure not in (None, "channel"):
+            raise ValueError(f"structure must be None or 'channel', got {structure!r}")
+        if channels is not None and structure is None:
+            raise ValueError("channels=... says which channels go: add structure='channel', or leave it out")
+        self._channels = (
+            None if structure is None else ChannelPruning(channels, start=warmup, end=pruning_end, exclude=exclude)
+        )
         self._budget = _budget(target_size, max_drop)
         self._teacher = None if distillation is None else DenseTeacher(distillation)
         self._export = CompressedExport(
@@ -114,9 +127,9 @@ class XAICompression(CompressionCallback):
         )
 
     def stages(self) -> list[Stage]:
-        """All four, and budget and teacher where they are asked for."""
+        """All four, and channels, budget and teacher where they are asked for."""
         own: list[Stage] = [self._scoring, self._pruning, self._precision, self._export]
-        return own + [stage for stage in (self._budget, self._teacher) if stage is not None]
+        return own + [stage for stage in (self._channels, self._budget, self._teacher) if stage is not None]
 
     @property
     def report(self) -> Report | None:

@@ -96,7 +96,7 @@ class DenseTeacher(CompressionCallback, Stage):
             of trained weights, of which the dense model would have others.
     """
 
-    rank: ClassVar[int] = 5
+    rank: ClassVar[int] = 6
 
     def __init__(self, distillation: Distillation | None = None) -> None:
         super().__init__()

@@ -56,6 +56,7 @@ from lightning_xai_compress.report import (
     dense_sizes,
     render,
 )
+from lightning_xai_compress.structure import Kept, shrunk_plan
 
 __all__ = ["CompressedExport"]
 
@@ -89,7 +90,7 @@ class CompressedExport(CompressionCallback, Stage):
         ArtifactError: (in fit, before training) the folder cannot be written.
     """
 
-    rank: ClassVar[int] = 4
+    rank: ClassVar[int] = 5
 
     def __init__(
         self,
@@ -216,9 +217,10 @@ class CompressedExport(CompressionCallback, Stage):
             if trainer.is_global_zero:
                 with self._weights(session):
                     self._round(session)
-                    with finished(session.module, self.files, set(session.latent.parameters)) as left:
+                    names = set(session.latent.parameters)
+                    with session.smaller() as kept, finished(session.module, self.files, names) as left:
                         self._skip(session, left)
-                        report = self._write(session, directory, accuracy)
+                        report = self._write(session, directory, accuracy, kept)
             int8 = self._int8_accuracy(session, report)
             if report is not None:
                 report = replace(report, int8_accuracy=int8)
@@ -257,12 +259,13 @@ class CompressedExport(CompressionCallback, Stage):
         """Name what stays as it is, once."""
         session.skipped += [entry for entry in left if entry not in session.skipped]
 
-    def _write(self, session: Session, directory: Path, accuracy: float | None) -> Report:
+    def _write(self, session: Session, directory: Path, accuracy: float | None, kept: Kept) -> Report:
         """Files, picture and report of the weights that the module holds."""
         best = self.best if self.best is not None and self.best.value is not None else None
         plan = session.latent.plan(
             tuple(session.skipped), state=best.latent if best else None, provenance=session.provenance
         )
+        plan = shrunk_plan(plan, kept) if kept else plan
         artifacts, failed = self._export(session, plan, directory)
         heatmaps = self._draw(session, directory, failed)
         pruning = session.stage(RelevancePruning)

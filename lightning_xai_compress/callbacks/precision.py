@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,7 +20,7 @@ from lightning_xai_compress.callbacks.stage import Planned, Stage
 from lightning_xai_compress.checks import check_names, check_number
 from lightning_xai_compress.errors import RelevanceError
 from lightning_xai_compress.formats import entropy_price
-from lightning_xai_compress.plan import ScoreMap
+from lightning_xai_compress.plan import BitAllocation, ScoreMap
 from lightning_xai_compress.quantization import (
     Allocated,
     BitsPer,
@@ -35,6 +35,7 @@ from lightning_xai_compress.quantization import (
     quantizable,
     row_count,
 )
+from lightning_xai_compress.structure import shrunk_scores, shrunk_weights
 
 __all__ = ["MixedPrecision", "Quantization", "Sensitivity"]
 
@@ -119,7 +120,7 @@ class MixedPrecision(CompressionCallback, Stage):
             that fits no layer, widths that must be and exceed the budget.
     """
 
-    rank: ClassVar[int] = 2
+    rank: ClassVar[int] = 3
     needs_scores: ClassVar[bool] = True
 
     def __init__(
@@ -248,10 +249,12 @@ class MixedPrecision(CompressionCallback, Stage):
         Raises:
             RelevanceError: The pass for sensitivity="fisher" failed.
         """
-        settings = self.quantization
-        return allocate_bits(
-            weights,
-            self._sensitivity(session, scores),
+        settings, sensitivity = self.quantization, self._sensitivity(session, scores)
+        with session.smaller() as kept:  # weights that files do not hold have no share in the mean
+            rows = {name: axes[0] for name, axes in kept.items() if 0 in axes and name in weights}
+        found = allocate_bits(
+            shrunk_weights(weights, kept),
+            sensitivity if sensitivity is None else shrunk_scores(sensitivity, kept),
             average_bits=average_bits,
             bits=self.bits,
             strategy=settings.strategy,
@@ -259,6 +262,7 @@ class MixedPrecision(CompressionCallback, Stage):
             group_size=settings.group_size,
             widths=settings.widths,
         )
+        return found if not kept else _with_rows(found, weights, rows)
 
     def measure(self, session: Session, scores: ScoreMap | None, weights: Mapping[str, Tensor]) -> WidthCosts:
         """What every width costs, in error and in entropy-coded bits, by the settings of this stage."""
@@ -355,3 +359,14 @@ class MixedPrecision(CompressionCallback, Stage):
         """Take up or begin."""
         self._done = state.get("done", False)
         self._ranges = {name: (low, high) for name, (low, high) in state.get("ranges", {}).items()}
+
+
+def _with_rows(found: Allocated, weights: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Allocated:
+    """Widths and scales of the rows that are left, set among those that are gone, whose scale is zero."""
+    bits, scales = dict(found.allocation.bits), dict(found.scales)
+    for name, kept in rows.items():
+        at = kept.to(bits[name].device)
+        bits[name] = bits[name].new_full((len(weights[name]),), int(bits[name].min())).index_copy(0, at, bits[name])
+        scales[name] = scales[name].new_zeros(len(weights[name])).index_copy(0, at, scales[name])
+    sizes = {name: weights[name].numel() // len(each) for name, each in bits.items()}
+    return replace(found, allocation=BitAllocation(bits, sizes), scales=scales)

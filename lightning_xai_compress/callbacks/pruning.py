@@ -62,7 +62,7 @@ class RelevancePruning(CompressionCallback, Stage):
             matches no layer, or a sparsity that leaves no room for what must stay.
     """
 
-    rank: ClassVar[int] = 1
+    rank: ClassVar[int] = 2
     needs_scores: ClassVar[bool] = True
 
     def __init__(

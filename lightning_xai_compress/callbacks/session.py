@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -30,6 +30,7 @@ from lightning_xai_compress.errors import NonFiniteError, RelevanceError
 from lightning_xai_compress.layers import find_layers
 from lightning_xai_compress.plan import ScoreMap, Skipped
 from lightning_xai_compress.relevance import evaluation, forward
+from lightning_xai_compress.structure import Kept
 
 __all__ = ["Session"]
 
@@ -161,6 +162,11 @@ class Session:
         """The stage that decides about sparsity and bits, `Budget`; None where the user does."""
         return next((stage for stage in self.stages if stage.is_budget), None)
 
+    def smaller(self) -> AbstractContextManager[Kept]:
+        """Within it the module is as small as files hold it; gives what is kept of each tensor that is smaller."""
+        found = (stage.smaller(self.module) for stage in self.stages)
+        return next((each for each in found if each is not None), nullcontext({}))
+
     @property
     def led(self) -> bool:
         """Whether that stage decides alone, and pruning and precision only lend it their settings."""
@@ -232,7 +238,10 @@ class Session:
     @property
     def provenance(self) -> dict[str, str]:
         """How the model was made, for the files."""
-        return {"model": type(self.module).__qualname__, "criterion": criterion_name(self.scorer.criterion)}
+        found = {"model": type(self.module).__qualname__, "criterion": criterion_name(self.scorer.criterion)}
+        for stage in self.stages:
+            found |= stage.provenance
+        return found
 
     @property
     def relevance_shares(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from zennit.core import Composite
 
 from lightning_xai_compress.checks import check_number
@@ -25,6 +25,7 @@ from lightning_xai_compress.relevance import (
     check_explain,
     check_statistics,
 )
+from lightning_xai_compress.structure import Kept
 
 if TYPE_CHECKING:
     from lightning_xai_compress.callbacks.session import Session
@@ -136,6 +137,11 @@ class Stage(ABC):
         """Under which the metric of the compressed model is found in `trainer.callback_metrics`; "" for none."""
         return ""
 
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What files should say about the stage's part in the model."""
+        return {}
+
     def before_validation(self, session: Session) -> None:  # noqa: B027
         """A validation of this fit begins."""
 
@@ -153,6 +159,10 @@ class Stage(ABC):
 
     def finish(self, session: Session) -> None:  # noqa: B027
         """The last batch and the last validation are over."""
+
+    def smaller(self, module: nn.Module) -> AbstractContextManager[Kept] | None:
+        """Within it the module is as small as files hold it; None where the stage takes nothing out."""
+        return None
 
     def float_activations(self) -> AbstractContextManager[None]:
         """Within it the model computes with float activations: for scoring."""

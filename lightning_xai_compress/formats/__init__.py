@@ -18,11 +18,13 @@ from lightning_xai_compress.formats.registry import (
     save,
     write_atomically,
 )
+from lightning_xai_compress.formats.resizing import STRUCTURE
 from lightning_xai_compress.formats.rounding import round_to_float16
 from lightning_xai_compress.formats.tracing import check_call, check_traceable
 
 __all__ = [
     "FORMATS",
+    "STRUCTURE",
     "Artifact",
     "Contents",
     "Files",

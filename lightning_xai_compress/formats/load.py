@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, TypeVar, overload
 
@@ -14,6 +15,7 @@ from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.layout import CODES, Entry, few, has_memory, is_plain, same, sharing
 from lightning_xai_compress.formats.load_file import Decoded, PackedFile, decode, open_packed
 from lightning_xai_compress.formats.load_torchao import integer_tensor, torchao_class
+from lightning_xai_compress.formats.resizing import STRUCTURE, resized
 
 __all__ = ["load_compressed"]
 
@@ -39,7 +41,7 @@ def load_compressed(
     Args:
         path: The file.
         model: Filled in and returned if given; it must have the very names, shapes and dtypes of the one that was
-            saved.
+            saved, before it lost channels if it did: its layers are then made as small.
         integers: Leave the quantized weights of `nn.Linear` layers as integers: they become
             `torchao.quantization.IntxUnpackedToInt8Tensor` (a byte a weight, without gradient), of which `dequantize()`
             gives the weight exactly. A weight stays a float where it is not quantized, has dtype float64, or is shared
@@ -63,21 +65,25 @@ def load_compressed(
     if integers:
         torchao_class()
     with open_packed(path) as file:
-        if model is not None:
-            _check_model(path, file.entries, model)
-        stored = file.stored
-        weights = _linear_weights(file, model) if integers and model is not None else {}
-        if model is not None:
-            _check_plain(path, model, weights)
-        made = decode(file, {stored[name] for name in weights})
+        if model is None:
+            made, stored = decode(file), file.stored
+            return {name: made[key].values for name, key in stored.items()}
+        with resized(model, file.entries) if STRUCTURE in file.provenance else nullcontext():
+            _load(path, file, model, integers=integers)
+    return model
+
+
+def _load(path: str | Path, file: PackedFile, model: nn.Module, *, integers: bool) -> None:
+    _check_model(path, file.entries, model)
+    stored = file.stored
+    weights = _linear_weights(file, model) if integers else {}
+    _check_plain(path, model, weights)
+    made = decode(file, {stored[name] for name in weights})
     state = {name: made[key].values for name, key in stored.items() if name not in weights}
-    if model is None:
-        return state
     tensors = {name: _integers(made[stored[name]], module.weight.device) for name, module in weights.items()}
     del made
     _fill(path, model, state)
     _replace(weights, tensors)
-    return model
 
 
 def _check_plain(path: str | Path, model: nn.Module, replaced: Collection[str]) -> None:

@@ -56,6 +56,12 @@ class PackedFile:
         return self.container.source
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """How the model was made; empty where the index does not say."""
+        found = self.index.get("provenance")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def stored(self) -> dict[str, str]:
         """For each key: the key under which its tensor stands, itself unless it is an alias."""
         return {

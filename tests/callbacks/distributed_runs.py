@@ -23,7 +23,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_xai_compress import CompressedExport, Distillation, Files, Quantization, RelevanceScoring, Scoring
+from lightning_xai_compress import (
+    Channels,
+    CompressedExport,
+    Distillation,
+    Files,
+    Quantization,
+    RelevanceScoring,
+    Scoring,
+)
 from lightning_xai_compress.errors import ArtifactError, RelevanceError
 from lightning_xai_compress.relevance import RelevanceSums
 
@@ -156,6 +164,8 @@ def ddp(folder, device):
 
     run(folder, "plain", compression(f"{folder}/plain", metric="val_acc"), **device)
     run(folder, "accumulated", compression(f"{folder}/accumulated"), accumulate_grad_batches=2, **device)
+    channels = Channels(channels=0.6, multiple=1, steps=3)
+    run(folder, "channels", compression(f"{folder}/channels", structure="channel", channels=channels), **device)
     run(folder, "taught", compression(f"{folder}/taught", distillation=Distillation()), Dicts, **device)
     average = L.pytorch.callbacks.EMAWeightAveraging(decay=0.8)
     run(folder, "averaged", compression(f"{folder}/averaged", metric="val_acc"), callbacks=[average], **device)

@@ -166,12 +166,27 @@ def test_what_one_rank_alone_cannot_score_halts_all_alike(ddp, name, reason):
 
 
 @pytest.mark.slow
+def test_both_ranks_lose_the_same_channels(ddp):
+    folder, _, _ = ddp
+    first, second = ranks(folder, "channels")
+
+    assert_equal(first, second, "weights", "keep", "bits")
+    assert first["history"] == second["history"]
+    small = load_compressed(folder / "channels" / "model.safetensors", ToyNet())
+    assert small.first.out_channels + small.second.out_channels <= 0.6 * 16
+    whole = ToyNet()
+    whole.load_state_dict(first["weights"])
+    x = Corners().data.tensors[0]
+    torch.testing.assert_close(small.eval()(x), whole.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_there_is_one_set_of_files_one_table_and_one_report_on_all_ranks(ddp):
     folder, result, _ = ddp
     first, second = ranks(folder, "plain")
 
     fits = len(list(folder.glob("*/report.json")))
-    assert fits == 12
+    assert fits == 13
     assert result.stdout.count("report: ") == fits
     assert result.stdout.count("estimated size") == fits + len(list(folder.glob("score_*.0.pt")))
     assert first["report"] == second["report"]

@@ -1,0 +1,44 @@
+"""Channels that go as a whole: which are coupled, what each is worth, which go, and the smaller module without them."""
+
+from lightning_xai_compress.structure.channels import ChannelGroup, ChannelSlice, channel_mask, kept_entries
+from lightning_xai_compress.structure.cost import Cost, Measure, macs_of
+from lightning_xai_compress.structure.dependencies import find_channels
+from lightning_xai_compress.structure.importance import (
+    CHANNEL_SCORES,
+    ChannelScore,
+    channel_scores,
+    check_channel_score,
+    relative,
+)
+from lightning_xai_compress.structure.selection import select_channels
+from lightning_xai_compress.structure.shrinking import (
+    Kept,
+    shrunk,
+    shrunk_plan,
+    shrunk_scores,
+    shrunk_weights,
+    unlike,
+)
+
+__all__ = [
+    "CHANNEL_SCORES",
+    "ChannelGroup",
+    "ChannelScore",
+    "ChannelSlice",
+    "Cost",
+    "Kept",
+    "Measure",
+    "channel_mask",
+    "channel_scores",
+    "check_channel_score",
+    "find_channels",
+    "kept_entries",
+    "macs_of",
+    "relative",
+    "select_channels",
+    "shrunk",
+    "shrunk_plan",
+    "shrunk_scores",
+    "shrunk_weights",
+    "unlike",
+]
