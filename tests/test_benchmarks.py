@@ -26,6 +26,10 @@ EXPORT_CHECKS = {
     "packed_over_entropy", "metadata_share_resnet18", "packed_over_zstd_bitpacked", "packed_over_zstd_onnx",
     "decode_mb_per_s", "decode_memory", "reload_difference",
 }  # fmt: skip
+STRUCTURED_CHECKS = {
+    "channel_gap_to_best", "channel_latency_b1", "channel_latency_b16",
+    "combined_speedup", "combined_reduction", "combined_drop",
+}  # fmt: skip
 STEP_CHECKS = {"step_fashion_cnn", "step_resnet18", "extra_bytes_per_weight", "fit_fashion_cnn"}
 
 
@@ -101,6 +105,22 @@ def test_the_cost_of_a_step_is_measured_and_its_memory_keeps_its_limit(tmp_path)
         assert 3.9 < step["average_bits"] <= 4.0
         assert {len(step[kind][clock]) for kind in ("plain", "compressed") for clock in ("wall", "cpu")} == {rounds}
     assert all(name in told for name in STEP_CHECKS)
+
+
+@pytest.mark.slow
+def test_channels_are_measured_by_what_the_files_hold(tmp_path):
+    content, told = quick("structured_bench", tmp_path / "structured.json")
+
+    assert content["checks"].keys() == content["limits"].keys() == STRUCTURED_CHECKS
+    assert all(math.isfinite(each) for each in content["checks"].values())
+    assert content["runs"].keys() == {f"cnn/{kind}/seed0" for kind in ("lrp", "torch_pruning", "combined")}
+    for figures in content["runs"].values():
+        assert 0.4 < figures["macs"] <= 0.5
+    assert content["checks"]["combined_reduction"] > 0.9
+    assert all(name in told for name in STRUCTURED_CHECKS)
+    before = (tmp_path / "structured.json").read_text()
+    again, _ = quick("structured_bench", tmp_path / "structured.json")
+    assert again["runs"] == json.loads(before)["runs"]
 
 
 @pytest.mark.slow
