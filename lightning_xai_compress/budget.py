@@ -144,7 +144,7 @@ class Drafts:
             plan: Of the quantized model.
         """
         assert plan.allocation is not None
-        held = Allocated(plan.allocation, plan.scales, 0.0, 0.0, 0.0)
+        held = Allocated(plan.allocation, plan.scales, 0.0, 0.0, 0.0, plan.codebooks)
         low = 1 - plan.mask.sparsity
         return _closest(
             lambda density: self._weighed(*self._masked(1 - density), held), 1 - HIGHEST, low, limit, guess=0.99 * low
@@ -176,8 +176,11 @@ class Drafts:
 
     @torch.no_grad()
     def _weighed(self, mask: Mask, masked: Mapping[str, Tensor], found: Allocated) -> Candidate:
-        values = {name: quantize(masked[name], found.allocation[name], found.scales[name]) for name in masked}
-        plan = CompressionPlan(mask, found.allocation, found.scales, self.skipped, self.provenance)
+        allocation, scales, codebooks = found.allocation, found.scales, found.codebooks
+        values = {
+            name: quantize(each, allocation[name], scales[name], codebooks.get(name)) for name, each in masked.items()
+        }
+        plan = CompressionPlan(mask, allocation, scales, self.skipped, self.provenance, codebooks)
         with replaced(self.model, values):
             return Candidate(mask, found, weigh(self.model, plan, self.files, self.smaller))
 

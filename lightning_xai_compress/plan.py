@@ -23,6 +23,7 @@ __all__ = [
     "ScoreMap",
     "Skipped",
     "by_rows",
+    "look_up",
     "student_t",
     "unknown_rows",
 ]
@@ -208,6 +209,8 @@ class CompressionPlan:
         allocation: Bit width of each row; None while nothing is quantized.
         scales: Step of the grid of each row, float32 of shape [rows], exactly representable in bfloat16, >= 0. A
             weight equals its integer code times the scale, codes within +-(2^(bits-1) - 1).
+        codebooks: For layers that share values: these, float32 of shape [2^bits - 1], rising, zero in the middle and
+            exactly representable in bfloat16. A code then is a place in it, counted from zero's, and scales are 1.
         skipped: What was left alone, and why.
         provenance: How it was made (criterion, versions and the like): plain text that every file keeps.
     """
@@ -217,6 +220,7 @@ class CompressionPlan:
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
+    codebooks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         quantized = set(self.allocation.bits) if self.allocation else set()
@@ -228,6 +232,18 @@ class CompressionPlan:
                     f"expected a scale for each of the {len(self.allocation[name])} rows of {name} that have a bit "
                     f"width, got scales of shape {tuple(scale.shape)}"
                 )
+        for name, codebook in self.codebooks.items():
+            if name not in quantized:
+                raise ValueError(f"{name} has a codebook, but no bit width")
+            assert self.allocation is not None
+            widths = self.allocation[name].unique().tolist()
+            if len(widths) != 1 or codebook.shape != (2 ** widths[0] - 1,):
+                raise ValueError(
+                    f"{name} has a codebook of {tuple(codebook.shape)} values and widths {widths}: expected one width, "
+                    "and 2^bits - 1 values"
+                )
+            if codebook[len(codebook) // 2] != 0 or bool((codebook.diff() < 0).any()):
+                raise ValueError(f"the codebook of {name} must rise, with zero in the middle")
 
 
 def by_rows(weight: Tensor, rows: int) -> Tensor:
@@ -256,6 +272,11 @@ def by_rows(weight: Tensor, rows: int) -> Tensor:
             f"({len(weight)}), or that times a number of groups that divides its input channels"
         )
     return weight.reshape(rows, weight.shape[1] // groups, *weight.shape[2:])
+
+
+def look_up(codes: Tensor, codebook: Tensor) -> Tensor:
+    """The values of a codebook that codes stand for, in their shape: places, counted from zero's in the middle."""
+    return codebook[codes.to(torch.int64) + len(codebook) // 2]
 
 
 def unknown_rows(scores: Mapping[str, Tensor]) -> list[Skipped]:

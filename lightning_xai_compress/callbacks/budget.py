@@ -131,7 +131,9 @@ class Budget(CompressionCallback, Stage):
     def apply(self, session: Session, scores: ScoreMap, candidate: Candidate, batch: int, event: str) -> None:
         """Make a candidate real, and remember it as an event of this name."""
         self.prune(session, scores, candidate.mask)
-        session.latent.apply_bits(candidate.allocated.allocation, candidate.allocated.scales)
+        found = candidate.allocated
+        importance = self.precision.importance(session, scores)
+        session.latent.apply_bits(found.allocation, found.scales, found.codebooks, importance)
         sparsity = candidate.mask.sparsity
         message = f"{event} to {candidate.bytes:,} bytes ({sparsity:.2%} pruned)"
         session.record(event, batch, message, sparsity=sparsity, bytes=candidate.bytes)

@@ -57,7 +57,8 @@ def plan_of(checkpoint: Mapping[str, Any]) -> CompressionPlan:
     sizes = {name: weights[name].numel() // len(bits) for name, bits in parts["bits"].items()}
     allocation = BitAllocation(parts["bits"], sizes) if sizes else None
     skipped = tuple(Skipped(**entry) for entry in state.get("skipped", ()))
-    return CompressionPlan(Mask(keep), allocation, parts["scales"], skipped, dict(state.get("provenance") or {}))
+    made_of = dict(state.get("provenance") or {}), dict(state["latent"].get("codebooks", {}))
+    return CompressionPlan(Mask(keep), allocation, parts["scales"], skipped, *made_of)
 
 
 def _session(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,7 +23,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_xai_compress.errors import LatentCopyError
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, Skipped
 from lightning_xai_compress.pruning import PackedMasks
-from lightning_xai_compress.quantization import mask_, quantize, refit_scales, requantize_
+from lightning_xai_compress.quantization import (
+    mask_,
+    nearest_codes,
+    quantize,
+    refit_codebook,
+    refit_scales,
+    requantize_,
+)
 
 __all__ = ["LatentCopy"]
 
@@ -42,6 +49,8 @@ class LatentCopy:
         self.keep = PackedMasks(self.parameters)
         self.bits: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
+        self.codebooks: dict[str, Tensor] = {}  # of layers that share values
+        self._importance: dict[str, Tensor] = {}  # of their weights
         self._latents: dict[str, Tensor] = {}
         self._ages: dict[str, int] = {}  # steps since the scales were fitted
         self._live: set[str] = set()
@@ -148,7 +157,7 @@ class LatentCopy:
 
     def _follow(self) -> None:
         """Bring all tensors to where the parameters are now: Lightning moves a module from the GPU after a fit."""
-        for tensors in (self.bits, self.scales, self._latents):
+        for tensors in (self.bits, self.scales, self.codebooks, self._importance, self._latents):
             for name, tensor in tensors.items():
                 tensors[name] = tensor.to(self.parameters[name].device)
         self.keep.follow()
@@ -156,14 +165,32 @@ class LatentCopy:
     def _take_up(self, name: str, *, refit: bool) -> None:
         """What the parameter holds, masked, is the new latent; the parameter goes back to its grid."""
         parameter, keep = self.parameters[name], self.keep.get(name)
-        if name in self._latents:
+        if name in self.codebooks:
+            self._share(name, refit=refit)
+        elif name in self._latents:
             bits, scale = self.bits[name], self.scales[name]
             self.scales[name] = requantize_(parameter, self._latents[name], bits, scale, keep=keep, refit=refit)
         elif keep is not None:
             mask_(parameter, keep)
 
+    def _share(self, name: str, *, refit: bool) -> None:
+        """The same for a layer that shares values: each weight takes the nearest, and these move to their means."""
+        parameter, latent = self.parameters[name], self._latents[name]
+        if name in self.keep:
+            mask_(parameter, self.keep[name])
+        latent.copy_(parameter)
+        if refit:
+            codebook = self.codebooks[name]
+            codes = nearest_codes(latent, codebook)
+            self.codebooks[name] = refit_codebook(latent, codes, codebook, self._importance.get(name))
+        self._compress(name)
+
+    def _on_grid(self, name: str) -> Tensor:
+        """What the parameter should hold by its latent."""
+        return quantize(self._latents[name], self.bits[name], self.scales[name], self.codebooks.get(name))
+
     def _compress(self, name: str) -> None:
-        self.parameters[name].copy_(quantize(self._latents[name], self.bits[name], self.scales[name]))
+        self.parameters[name].copy_(self._on_grid(name))
 
     def _of(self, optimizer: Optimizer) -> list[str]:
         return [
@@ -185,9 +212,22 @@ class LatentCopy:
                     mask_(tensor, self.keep[name])
 
     @torch.no_grad()
-    def apply_bits(self, allocation: BitAllocation, scales: Mapping[str, Tensor]) -> None:
-        """Put the weights onto their grids, from now on; their present values become the latents."""
+    def apply_bits(
+        self,
+        allocation: BitAllocation,
+        scales: Mapping[str, Tensor],
+        codebooks: Mapping[str, Tensor] | None = None,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Put the weights onto their grids, from now on; their present values become the latents.
+
+        Args:
+            allocation, scales, codebooks: See `CompressionPlan`.
+            importance: By which means of shared values are weighted, in the shapes of the weights.
+        """
         self.settle()
+        self.codebooks = dict(codebooks or {})
+        self._importance = {name: each for name, each in (importance or {}).items() if name in self.codebooks}
         for name in allocation.bits:
             self.bits[name] = allocation[name]
             self.scales[name] = scales[name]
@@ -236,7 +276,7 @@ class LatentCopy:
         """Changed parameters with what they should hold, as far as masks and grids tell."""
         for name, parameter in self.parameters.items():
             if name in self._latents:
-                kept = quantize(self._latents[name], self.bits[name], self.scales[name])
+                kept = self._on_grid(name)
             elif name in self.keep:
                 kept = parameter.masked_fill(~self.keep[name].to(parameter.device), 0.0)
             else:
@@ -253,6 +293,8 @@ class LatentCopy:
         if name not in self.bits:
             return values.clone(), None
         bits = self.bits[name].to(device)
+        if name in self.codebooks:
+            return quantize(values, bits, self.scales[name], self.codebooks[name].to(device)), self.scales[name]
         scales = refit_scales(values, bits, self.scales[name].to(device))
         return quantize(values, bits, scales), scales
 
@@ -290,14 +332,16 @@ class LatentCopy:
             state: What was decided when `state_dict` gave this; the present where None.
             provenance: For the files.
         """
-        state = state or {"keep": self.keep, "bits": self.bits, "scales": self.scales}
+        own = {"keep": self.keep, "bits": self.bits, "scales": self.scales, "codebooks": self.codebooks}
+        state = state or own
         keep = {
             name: state["keep"].get(name, torch.ones_like(parameter, dtype=torch.bool))
             for name, parameter in self.parameters.items()
         }
         sizes = {name: self.parameters[name].numel() // len(bits) for name, bits in state["bits"].items()}
         allocation = BitAllocation(dict(state["bits"]), sizes) if sizes else None
-        return CompressionPlan(Mask(keep), allocation, dict(state["scales"]), skipped, dict(provenance or {}))
+        made_of = dict(provenance or {}), dict(state.get("codebooks", {}))
+        return CompressionPlan(Mask(keep), allocation, dict(state["scales"]), skipped, *made_of)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Tensors only, keyed by parameter name."""
@@ -305,6 +349,8 @@ class LatentCopy:
             "keep": dict(self.keep),
             "bits": dict(self.bits),
             "scales": dict(self.scales),
+            "codebooks": dict(self.codebooks),
+            "importance": dict(self._importance),
             "latents": dict(self._latents),
             "ages": {name: torch.tensor(self._ages.get(name, 0)) for name in self._latents},
         }
@@ -331,6 +377,7 @@ class LatentCopy:
         self.keep = PackedMasks(self.parameters)
         self.keep.update(placed["keep"])
         self.bits, self.scales = placed["bits"], placed["scales"]
+        self.codebooks, self._importance = placed.get("codebooks", {}), placed.get("importance", {})
         self._latents = placed["latents"]
         self._ages = {name: int(age) for name, age in placed["ages"].items()}
 

@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_xai_compress.callbacks.base import CompressionCallback
 from lightning_xai_compress.callbacks.calibration import calibration_batches
 from lightning_xai_compress.callbacks.clock import Moment, check_moment
+from lightning_xai_compress.callbacks.quantization_settings import Quantization
 from lightning_xai_compress.callbacks.scoring import RelevanceScoring
 from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Planned, Stage
-from lightning_xai_compress.checks import check_names, check_number
+from lightning_xai_compress.checks import check_names
 from lightning_xai_compress.errors import RelevanceError
 from lightning_xai_compress.formats import entropy_price
 from lightning_xai_compress.plan import BitAllocation, ScoreMap
 from lightning_xai_compress.quantization import (
     Allocated,
-    BitsPer,
     FakeActivations,
-    Strategy,
     WidthCosts,
     allocate_bits,
     check_bits,
-    check_widths,
     fixed_widths,
     measure_widths,
     quantizable,
@@ -37,69 +36,10 @@ from lightning_xai_compress.quantization import (
 )
 from lightning_xai_compress.structure import shrunk_scores, shrunk_weights
 
-__all__ = ["MixedPrecision", "Quantization", "Sensitivity"]
-
-Sensitivity = Literal["relevance", "fisher", "error"]
+__all__ = ["MixedPrecision", "Quantization"]
 
 _AVERAGE_BITS = 4.0
 _RANGE_SAMPLES = 256
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Who gets how many bits, and how quantized training is done; docs/quantization.md says more.
-
-    Args:
-        activations: "int8": layers also read activations of 8 bits from the start of quantized training, as an ONNX
-            file with `Files(activations="int8")` will compute; their ranges are measured at that moment and at the
-            start of every epoch. None: floats. The packed file and `pt2` compute with floats either way.
-        strategy: "knapsack": the least error, weighted by sensitivity, that the budget allows. "ranked": tiers, as
-            the paper words it: whoever has more relevance a weight gets no fewer bits.
-        bits_per: What has a width of its own: "layer", "channel" (output channel), or "group" of input channels in
-            one, which has a scale of its own, too.
-        group_size: Input channels of a group, >= 1; for "group" alone. Weights whose input channels it does not
-            divide keep one group a channel.
-        sensitivity: What a unit of squared error costs: "relevance" (mean square of R / w, by the criterion of the
-            fit), "fisher" (mean square of the gradient of a sample, for which one more pass is made) or "error" (the
-            same for all weights; no pass is made).
-        widths: Layers that have no choice: shell-style patterns of layer or parameter names, each with a width in
-            2..8, which need not be among `bits`; the first match wins. They count in the budget.
-
-    Raises:
-        ValueError: A setting out of range, or settings that contradict each other.
-    """
-
-    activations: Literal["int8"] | None = None
-    strategy: Strategy = "knapsack"
-    bits_per: BitsPer = "channel"
-    group_size: int | None = None
-    sensitivity: Sensitivity = "relevance"
-    widths: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.activations not in (None, "int8"):
-            raise ValueError(f"activations must be None or 'int8', got {self.activations!r}")
-        if self.strategy not in ("knapsack", "ranked"):
-            raise ValueError(f"strategy must be 'knapsack' or 'ranked', got {self.strategy!r}")
-        if self.bits_per not in ("layer", "channel", "group"):
-            raise ValueError(f"bits_per must be 'layer', 'channel' or 'group', got {self.bits_per!r}")
-        if self.sensitivity not in ("relevance", "fisher", "error"):
-            raise ValueError(f"sensitivity must be 'relevance', 'fisher' or 'error', got {self.sensitivity!r}")
-        if self.strategy == "ranked" and self.sensitivity == "error":
-            raise ValueError("strategy='ranked' ranks by relevance, which sensitivity='error' does without: drop one")
-        if (self.bits_per == "group") != (self.group_size is not None):
-            raise ValueError(
-                f"bits_per='group' needs a group_size, and nothing else has one: got bits_per={self.bits_per!r} and "
-                f"group_size={self.group_size!r}"
-            )
-        if self.group_size is not None and check_number("group_size", self.group_size, whole=True) < 1:
-            raise ValueError(f"group_size must be >= 1, got {self.group_size}")
-        if self.bits_per == "group" and self.activations:
-            raise ValueError(
-                "activations='int8' trains for integer kernels, which take one scale an output channel, but "
-                "bits_per='group' gives it several: use bits_per='channel', or leave activations out"
-            )
-        check_widths(self.widths)
 
 
 class MixedPrecision(CompressionCallback, Stage):
@@ -145,6 +85,7 @@ class MixedPrecision(CompressionCallback, Stage):
         self._ranges: dict[str, tuple[float, float]] = {}
         self._budget: Any = None
         self._fisher: tuple[ScoreMap | None, ScoreMap] | None = None  # beside the scores that it goes with
+        self._scored: ScoreMap | None = None  # by which widths were chosen, until they are applied
         self.position = 0
         self._led = False
         self._done = False
@@ -167,6 +108,11 @@ class MixedPrecision(CompressionCallback, Stage):
 
     def check_integer_kernels(self, session: Session) -> None:
         """Say which layers an ONNX file with 8-bit activations computes with floats; refuse where that is all."""
+        if self.quantizer_is_shared:
+            raise ValueError(
+                "Files(activations='int8') computes on integers, which a codebook's values are not: leave it out, or "
+                "use quantizer='uniform'"
+            )
         group, weights = self.quantization.group_size, session.latent.parameters
         grouped = [name for name, weight in weights.items() if row_count(weight, group) > len(weight)]
         if not grouped:
@@ -179,6 +125,17 @@ class MixedPrecision(CompressionCallback, Stage):
         if len(grouped) == len(weights):
             raise ValueError(f"{text}, which is all: use bits_per='channel', or Files without activations")
         rank_zero_warn(text)
+
+    @property
+    def quantizer_is_shared(self) -> bool:
+        """Whether layers have codebooks."""
+        return self.quantization.quantizer == "codebook"
+
+    def importance(self, session: Session, scores: ScoreMap | None) -> Mapping[str, Tensor]:
+        """What weighs the means of shared values; nothing for grids, or where all weights count the same."""
+        sensitivity = self._sensitivity(session, scores) if self.quantizer_is_shared else None
+        found = {} if sensitivity is None else sensitivity.sensitivity
+        return {name: torch.where(each.isnan(), each.nanmean(), each).nan_to_num(1.0) for name, each in found.items()}
 
     def phases(self) -> list[tuple[int, str]]:
         """Where quantized training begins."""
@@ -200,7 +157,9 @@ class MixedPrecision(CompressionCallback, Stage):
         if found is None:
             session.record("not quantized", batch, "not quantized: there is no finite relevance to allocate bits by")
             return
-        session.latent.apply_bits(found.allocation, found.scales)
+        importance = self.importance(session, self._scored)
+        session.latent.apply_bits(found.allocation, found.scales, found.codebooks, importance)
+        self._scored = self._fisher = None
         rows = Counter(int(width) for tensor in found.allocation.bits.values() for width in tensor)
         spread = ", ".join(f"{count} at {width}" for width, count in sorted(rows.items()))
         average = found.allocation.average_bits
@@ -225,15 +184,14 @@ class MixedPrecision(CompressionCallback, Stage):
                 return None
         try:
             if session.budget is not None:
-                scores = scores or session.rescore(batch)
+                self._scored = scores = scores or session.rescore(batch)
                 return None if scores is None else session.budget.quantized(session, scores)
+            self._scored = scores
             weights = {name: parameter.detach() for name, parameter in session.latent.parameters.items()}
             return self.choose(session, scores, weights, self.average_bits)
         except RelevanceError as error:
             session.halt(f"weights could not be scored for their widths: {error}")
             return None
-        finally:
-            self._fisher = None
 
     def choose(
         self, session: Session, scores: ScoreMap | None, weights: Mapping[str, Tensor], average_bits: float
@@ -253,14 +211,15 @@ class MixedPrecision(CompressionCallback, Stage):
         with session.smaller() as kept:  # weights that files do not hold have no share in the mean
             rows = {name: axes[0] for name, axes in kept.items() if 0 in axes and name in weights}
         found = allocate_bits(
-            shrunk_weights(weights, kept),
-            sensitivity if sensitivity is None else shrunk_scores(sensitivity, kept),
+            shrunk_weights(weights, kept) if kept else weights,
+            shrunk_scores(sensitivity, kept) if sensitivity is not None and kept else sensitivity,
             average_bits=average_bits,
             bits=self.bits,
             strategy=settings.strategy,
             bits_per=settings.bits_per,
             group_size=settings.group_size,
             widths=settings.widths,
+            quantizer=settings.quantizer,
         )
         return found if not kept else _with_rows(found, weights, rows)
 
@@ -275,6 +234,7 @@ class MixedPrecision(CompressionCallback, Stage):
             group_size=settings.group_size,
             widths=settings.widths,
             price=entropy_price,
+            quantizer=settings.quantizer,
         )
 
     def _uses_scores(self, session: Session) -> bool:

@@ -33,7 +33,7 @@ def storage_width(bits: Tensor, allowed: Sequence[int] = (2, 4, 8)) -> Tensor:
     return storage
 
 
-def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:
+def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor, codebook: Tensor | None = None) -> Tensor:
     """Recover the integer codes of a weight that lies on its grid.
 
     Args:
@@ -41,6 +41,7 @@ def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Ten
         weight: Weight, one channel per index of the first dimension.
         scale: Step of each row, shape [rows], >= 0; codes of a row of step 0 are 0.
         bits: Width of each row, shape [rows]; see `plan.by_rows`.
+        codebook: The values that the layer shares, in place of the grid.
 
     Returns:
         int8 tensor in the shape of the weight, on the CPU.
@@ -49,6 +50,8 @@ def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Ten
         ArtifactError: Shapes do not fit, or a weight is not a code within +-(2^(bits-1) - 1) times its scale.
     """
     weight, scale, bits = weight.detach().cpu(), scale.detach().cpu().float(), bits.detach().cpu().long()
+    if codebook is not None:
+        return _shared_codes(name, weight, codebook.detach().cpu())
     rows = _rows(name, weight, scale, bits)
     step = scale.double().reshape(-1, *[1] * (rows.dim() - 1))
     codes = torch.where(step > 0, (rows.double() / step.where(step > 0, 1.0)).round(), 0.0)
@@ -64,6 +67,20 @@ def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Ten
             "Write the quantized values that the plan describes into the model, then save it"
         )
     return codes.to(torch.int8).reshape(weight.shape)
+
+
+def _shared_codes(name: str, weight: Tensor, codebook: Tensor) -> Tensor:
+    values = codebook.to(weight.dtype)
+    zero = len(values) // 2
+    places = torch.searchsorted(values, weight.contiguous()).clamp(max=len(values) - 1)
+    places = torch.where(weight == 0, zero, places)
+    off = values[places] != weight
+    if off.any():
+        raise ArtifactError(
+            f"{name} does not lie on its codebook: {int(off.sum())} of {off.numel()} weights have none of its "
+            f"{len(values)} values. Write the quantized values that the plan describes into the model, then save it"
+        )
+    return (places - zero).to(torch.int8)
 
 
 def _rows(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ __all__ = [
 
 Bytes = NDArray[np.uint8]
 
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 """Versions of the format that are read. Files are of version 1, unless they hold groups of input channels."""
 
 _FORMAT = "lightning-xai-compress"
@@ -128,7 +128,7 @@ def open_container(path: str | Path) -> Iterator[Container]:
         if version is None:
             raise ArtifactError(
                 f"{source} was written by version {_short(metadata.get('version'))} of the format, this package reads "
-                f"{' and '.join(map(str, VERSIONS))}: install the release of lightning-xai-compress that wrote it, or "
+                f"{', '.join(map(str, VERSIONS))}: install the release of lightning-xai-compress that wrote it, or "
                 "export the model again"
             )
         places = _places(header, 8 + len(text), before.st_size, source)

@@ -30,8 +30,10 @@ __all__ = [
     "has_memory",
     "is_plain",
     "raw_bytes",
+    "read_codebook",
     "same",
     "sharing",
+    "write_codebook",
 ]
 
 RAW, CODES, BITMAP = range(3)  # how a tensor is stored
@@ -66,6 +68,7 @@ class Entry:
         alias: Position of an earlier key that shares its tensor.
         half: Whether its numbers in `rest` are float16, which holds them exactly.
         groups: Of input channels in each output channel, each with a width and a scale of its own.
+        codebook: Values that the weights share, each exact in bfloat16; none where there is a grid.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Entry:
     alias: int | None = None
     half: bool = False
     groups: int = 1
+    codebook: tuple[float, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -134,6 +138,30 @@ def chunks(counts: Sequence[tuple[Entry, int]]) -> Iterator[tuple[int, list[tupl
                 parts = []
     if parts:
         yield parts[-1][0].held.itemsize, parts
+
+
+def write_codebook(values: Sequence[float]) -> str:
+    """A codebook as text: four hexadecimal digits a number (bfloat16), first those after zero, then those before it."""
+    zero = len(values) // 2
+    patterns = torch.tensor([*values[zero + 1 :], *values[:zero]]).to(torch.bfloat16).view(torch.int16)
+    return "".join(f"{pattern & 0xFFFF:04x}" for pattern in patterns.tolist())
+
+
+def read_codebook(text: str) -> tuple[float, ...]:
+    """Undo `write_codebook`.
+
+    Raises:
+        ValueError: No such text, or numbers that do not rise through zero.
+    """
+    if not isinstance(text, str) or len(text) % 8 or not 8 <= len(text) <= 4 * 254:
+        raise ValueError("a codebook is no text of 2 to 254 numbers of four digits")
+    patterns = torch.tensor([int(text[at : at + 4], 16) for at in range(0, len(text), 4)], dtype=torch.int32)
+    values = patterns.to(torch.int16).view(torch.bfloat16).float()
+    half = len(values) // 2
+    table = torch.cat([values[half:], torch.zeros(1), values[:half]])
+    if not torch.isfinite(table).all() or bool((table.diff() < 0).any()):
+        raise ValueError("a codebook does not rise through zero")
+    return tuple(table.tolist())
 
 
 def fit_name(name: object) -> bool:

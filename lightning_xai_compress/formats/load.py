@@ -45,7 +45,7 @@ def load_compressed(
         integers: Leave the quantized weights of `nn.Linear` layers as integers: they become
             `torchao.quantization.IntxUnpackedToInt8Tensor` (a byte a weight, without gradient), of which `dequantize()`
             gives the weight exactly. A weight stays a float where it is not quantized, has dtype float64, or is shared
-            with a layer of another kind. Needs a model, and torchao.
+            with a layer of another kind, or has a codebook. Needs a model, and torchao.
 
     Returns:
         The model, or the state dict, in the order of the one saved; tied keys share a tensor.
@@ -111,7 +111,7 @@ def _linear_weights(file: PackedFile, model: nn.Module) -> dict[str, nn.Linear]:
             continue
         if "weight" in module._parameters and name in kinds:
             entry = kinds[stored[name]]
-            if entry.kind == CODES and entry.dtype in _INTEGER_DTYPES:
+            if entry.kind == CODES and not entry.codebook and entry.dtype in _INTEGER_DTYPES:
                 able[name] = module
     own = model.state_dict()
     in_model = dict(zip(own, sharing(own), strict=True))

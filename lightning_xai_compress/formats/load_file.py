@@ -29,8 +29,10 @@ from lightning_xai_compress.formats.layout import (
     chunks,
     fit_name,
     raw_bytes,
+    read_codebook,
 )
 from lightning_xai_compress.formats.packed_planes import PlaneReader
+from lightning_xai_compress.plan import look_up
 
 __all__ = ["Decoded", "PackedFile", "decode", "open_packed", "reading"]
 
@@ -170,13 +172,28 @@ def _weight(entry: Entry, block: entropy.Block, as_integers: bool) -> Decoded:
     codes = torch.from_numpy(block.values)
     scales = torch.from_numpy(block.scales.view(np.int16)).view(torch.bfloat16).float()
     values = codes
-    if not as_integers:
+    if entry.codebook:
+        values = _shared(entry, codes)
+    elif not as_integers:
         values = torch.empty(codes.shape, dtype=entry.dtype)
         rows = max(1, _PIECE // codes.shape[1])
         for start in range(0, len(codes), rows):
             piece = slice(start, start + rows)
             values[piece] = codes[piece].float().mul_(scales[piece, None])
     return Decoded(entry, values.reshape(entry.shape), block.widths, scales, block.bits)
+
+
+def _shared(entry: Entry, codes: Tensor) -> Tensor:
+    """Values of a codebook, piece by piece."""
+    codebook = torch.tensor(entry.codebook)
+    if codes.numel() and int(codes.short().abs().max()) > len(codebook) // 2:
+        raise ValueError(f"{entry.name} has codes beyond its codebook of {len(codebook)} values")
+    values = torch.empty(codes.shape, dtype=entry.dtype)
+    rows = max(1, _PIECE // codes.shape[1])
+    for start in range(0, len(codes), rows):
+        piece = slice(start, start + rows)
+        values[piece] = look_up(codes[piece], codebook).to(entry.dtype)
+    return values
 
 
 class _Bitmap:
@@ -264,9 +281,12 @@ def _read_entry(version: int, name: str, dtype: str, shape: list[int], kind: int
         raise ValueError(f"{name} has shape {shape}")
     if type(kind) is not int or kind not in (RAW, CODES, BITMAP):
         raise ValueError(f"{name} has kind {kind}")
+    codebook: tuple[float, ...] = ()
+    if version > 2 and kind == CODES and more and isinstance(more[0], str):
+        codebook, more = read_codebook(more[0]), more[1:]
     groups = _groups(name, shape, *more) if version > 1 and kind == CODES and more else 1
     held = more if groups == 1 else ()
-    entry = Entry(name, DTYPES[dtype], tuple(shape), kind, half=bool(held), groups=groups)
+    entry = Entry(name, DTYPES[dtype], tuple(shape), kind, half=bool(held), groups=groups, codebook=codebook)
     if kind != RAW and not (shape and entry.numel):
         raise ValueError(f"{name} of shape {shape} cannot be coded")
     if kind == CODES and entry.dtype not in CODE_DTYPES:

@@ -103,7 +103,7 @@ def _codes(model: nn.Module, plan: CompressionPlan) -> dict[str, Tensor]:
         return {}
     parameters = dict(model.named_parameters())
     return {
-        name: integer_codes(name, parameters[name], plan.scales[name], bits)
+        name: integer_codes(name, parameters[name], plan.scales[name], bits, plan.codebooks.get(name))
         for name, bits in sorted(plan.allocation.bits.items())
     }
 
@@ -143,7 +143,8 @@ def _quantize(
     for name in sorted(set(codes) - set(unused), reverse=True):  # each puts its nodes in front
         dtype = inputs[name].type.tensor_type.elem_type
         storage = storage_width(plan.allocation[name].cpu(), files.onnx_bits)
-        quantize_input(proto.graph, name, codes[name], scales[name], storage, dtype)
+        codebook = plan.codebooks.get(name)
+        quantize_input(proto.graph, name, codes[name], scales[name], storage, dtype, codebook)
 
 
 def _write(proto: ModelProto, path: Path) -> None:

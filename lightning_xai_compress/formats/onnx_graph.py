@@ -35,7 +35,15 @@ INT2_VERSIONS = (25, 13)
 """Opset and IR version that INT2 came with."""
 
 
-def quantize_input(graph: GraphProto, name: str, codes: Tensor, scale: Tensor, storage: Tensor, dtype: int) -> None:
+def quantize_input(
+    graph: GraphProto,
+    name: str,
+    codes: Tensor,
+    scale: Tensor,
+    storage: Tensor,
+    dtype: int,
+    codebook: Tensor | None = None,
+) -> None:
     """Replace a graph input by integer initializers and the nodes that dequantize them, along axis 0.
 
     Rows of several storage types become one initializer a type; the graph puts them together and back into order, and
@@ -48,8 +56,13 @@ def quantize_input(graph: GraphProto, name: str, codes: Tensor, scale: Tensor, s
         scale: float32 scales, shape [rows]; see `plan.by_rows`.
         storage: Integer type of each row, 2, 4 or 8, shape [rows].
         dtype: ONNX element type that the consumers expect.
+        codebook: The values that the weights share: codes are places in it, counted from zero's.
     """
     from onnx import TensorProto, helper
+
+    if codebook is not None:
+        _share_input(graph, name, codes, scale, int(storage.max()), dtype, codebook)
+        return
 
     types = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
     scale = scale.detach().cpu().float()
@@ -78,6 +91,37 @@ def quantize_input(graph: GraphProto, name: str, codes: Tensor, scale: Tensor, s
         graph.initializer.append(_tensor(f"{name}.shape", TensorProto.INT64, sizes, sizes.numpy().tobytes()))
         inputs = [nodes[-1].output[0], f"{name}.shape"]
         nodes.append(helper.make_node("Reshape", inputs, [f"{name}.shaped"], name=f"{name}.shaped"))
+    if dtype != TensorProto.FLOAT:
+        nodes.append(helper.make_node("Cast", [nodes[-1].output[0]], [f"{name}.cast"], name=f"{name}.cast", to=dtype))
+    nodes[-1].output[0] = name
+    for position, node in enumerate(nodes):
+        graph.node.insert(position, node)
+    graph.input.remove(next(entry for entry in graph.input if entry.name == name))
+
+
+def _share_input(
+    graph: GraphProto, name: str, codes: Tensor, scale: Tensor, width: int, dtype: int, codebook: Tensor
+) -> None:
+    """The same for a weight that shares values: codes of one type gather them; a scale that is not 1 is multiplied."""
+    from onnx import TensorProto, helper
+
+    types = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
+    integers, places, values = f"{name}.int{width}", f"{name}.places", f"{name}.codebook"
+    zero = len(codebook) // 2
+    # negative places count from the end, so that codes are places as they are
+    turned = torch.cat([codebook[zero:], codebook[:zero]]).detach().cpu().float().contiguous()
+    scale = scale.detach().cpu().float()
+    graph.initializer.append(_tensor(integers, types[width], codes, pack_codes(codes, width).tobytes()))
+    graph.initializer.append(_tensor(values, TensorProto.FLOAT, turned, turned.numpy().tobytes()))
+    nodes = [
+        helper.make_node("Cast", [integers], [places], name=places, to=TensorProto.INT32),
+        helper.make_node("Gather", [values, places], [f"{name}.shared"], name=f"{name}.shared", axis=0),
+    ]
+    if not torch.equal(scale, torch.ones_like(scale)):
+        steps = scale.view(-1, *[1] * (codes.dim() - 1))
+        graph.initializer.append(_tensor(f"{integers}.scale", TensorProto.FLOAT, steps, steps.numpy().tobytes()))
+        inputs = [nodes[-1].output[0], f"{integers}.scale"]
+        nodes.append(helper.make_node("Mul", inputs, [f"{name}.scaled"], name=f"{name}.scaled"))
     if dtype != TensorProto.FLOAT:
         nodes.append(helper.make_node("Cast", [nodes[-1].output[0]], [f"{name}.cast"], name=f"{name}.cast", to=dtype))
     nodes[-1].output[0] = name

@@ -27,7 +27,7 @@ from torch import nn
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats import container, entropy
 from lightning_xai_compress.formats.container import VERSIONS
-from lightning_xai_compress.formats.layout import Entry, check_unfolded, chunks, few, same
+from lightning_xai_compress.formats.layout import Entry, check_unfolded, chunks, few, same, write_codebook
 from lightning_xai_compress.formats.load import load_compressed
 from lightning_xai_compress.formats.packed_model import split
 from lightning_xai_compress.formats.packed_planes import PlaneWriter
@@ -165,6 +165,7 @@ def _pack(model: nn.Module, plan: CompressionPlan) -> tuple[bytes, PackedSize]:
         "versions": _versions(),
     }
     version = 2 if any(entry.groups > 1 for entry in parts.entries) else 1
+    version = 3 if any(entry.codebook for entry in parts.entries) else version
     data = container.write_container(
         {"stream": encoded.words, "rest": rest, "index": container.write_json(index)}, version=version
     )
@@ -185,6 +186,8 @@ def _row(entry: Entry) -> list[Any]:
     if entry.alias is not None:
         return [entry.name, entry.alias]
     row = [entry.name, str(entry.dtype).removeprefix("torch."), entry.shape, entry.kind]
+    if entry.codebook:
+        return [*row, write_codebook(entry.codebook)]
     if entry.groups > 1:
         return [*row, entry.groups]
     return [*row, "float16"] if entry.half else row

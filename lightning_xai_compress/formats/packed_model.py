@@ -76,9 +76,11 @@ def split(model: nn.Module, plan: CompressionPlan) -> Parts:
         planned = next((name for name in names if name in quantized), None)
         shape = tuple(weight.shape)
         if planned is not None and weight.numel():
-            parts.blocks.append(_codes(planned, weight, quantized[planned], plan.scales[planned]))
+            codebook = plan.codebooks.get(planned)
+            parts.blocks.append(_codes(planned, weight, quantized[planned], plan.scales[planned], codebook))
             groups = len(quantized[planned]) // len(weight)
-            parts.entries.append(Entry(key, weight.dtype, shape, CODES, groups=groups))
+            shared = () if codebook is None else tuple(codebook.tolist())
+            parts.entries.append(Entry(key, weight.dtype, shape, CODES, groups=groups, codebook=shared))
             continue
         kind, numbers = RAW, weight.reshape(-1)
         if any(name in plan.mask.keep for name in names) and weight.dim():
@@ -114,7 +116,7 @@ def _as_half(numbers: Tensor) -> Tensor | None:
     return half if torch.equal(half.to(numbers.dtype), numbers) else None
 
 
-def _codes(name: str, weight: Tensor, bits: Tensor, scale: Tensor) -> entropy.Block:
+def _codes(name: str, weight: Tensor, bits: Tensor, scale: Tensor, codebook: Tensor | None) -> entropy.Block:
     """Recover the integers of a quantized weight, and prove that they give it back."""
     if weight.dtype not in CODE_DTYPES:
         raise ArtifactError(f"{name}: expected a floating-point weight for the plan's bit widths, got {weight.dtype}")
@@ -125,7 +127,9 @@ def _codes(name: str, weight: Tensor, bits: Tensor, scale: Tensor) -> entropy.Bl
             f"{name}: expected scales >= 0 that bfloat16 holds exactly; round them with "
             "scale.to(torch.bfloat16).float() before the weights are quantized"
         )
-    codes = integer_codes(name, weight, step, bits).reshape(len(bits), -1)
+    if codebook is not None and not torch.equal(codebook.to(torch.bfloat16).float(), codebook.float()):
+        raise ArtifactError(f"{name}: expected a codebook of values that bfloat16 holds exactly; round them to it")
+    codes = integer_codes(name, weight, step, bits, codebook).reshape(len(bits), -1)
     pattern = coarse.view(torch.int16).numpy().view(np.uint16)
     return entropy.Block(codes.numpy(), bits.detach().cpu().to(torch.uint8).numpy(), pattern)
 

@@ -76,7 +76,7 @@ def write_pt2(
     if any(tensor.device.type != "cpu" for tensor in program.state_dict.values()):
         program = move_to_device_pass(program, "cpu")
     index = {
-        "version": 2 if any(len(weight.get_buffer("scales")) > weight.shape[0] for weight in packed.values()) else 1,
+        "version": max((weight.version for weight in packed.values()), default=1),
         "tensors": _entries(model, packed),
         "provenance": dict(plan.provenance),
         "skipped": [[skipped.name, skipped.reason] for skipped in plan.skipped],
@@ -145,7 +145,7 @@ def _packed(model: nn.Module, plan: CompressionPlan) -> dict[str, PackedWeight]:
     if unknown:
         raise ArtifactError(f"the plan quantizes what is no parameter of {type(model).__name__}: {few(unknown)}")
     return {
-        first: PackedWeight(name, parameters[first], plan.scales[name], plan.allocation[name])
+        first: PackedWeight(name, parameters[first], plan.scales[name], plan.allocation[name], plan.codebooks.get(name))
         for first, name in firsts.items()
         if parameters[first].numel()
     }

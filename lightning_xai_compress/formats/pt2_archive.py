@@ -35,7 +35,7 @@ _PLAIN = {
     *("archive_format", "archive_version", ".data/version", "byteorder"),
 }
 _RANDOM = ".data/serialization_id"
-_VERSIONS = (1, 2)  # of the index; 2 where a weight has several rows an output channel
+_VERSIONS = (1, 2, 3)  # of the index; 2: a weight has several rows an output channel, 3: one has a codebook
 _RATIO = 1100  # deflate makes nothing smaller than this
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_xai_compress.formats.codes import integer_codes
-from lightning_xai_compress.plan import MAX_BITS, MIN_BITS
+from lightning_xai_compress.plan import MAX_BITS, MIN_BITS, look_up
 
 __all__ = ["PackedWeight", "memory_order", "parts_of", "plane_name", "read_weight"]
 
@@ -48,12 +48,13 @@ class PackedWeight(nn.Module):
         weight: Lies on its grid.
         scale: Step of each row, exact in bfloat16.
         bits: Width of each row.
+        codebook: The values that the weights share, in place of a grid; they are in the buffer `codebook`.
 
     Raises:
         ArtifactError: The weight does not lie on its grid.
     """
 
-    def __init__(self, name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> None:
+    def __init__(self, name: str, weight: Tensor, scale: Tensor, bits: Tensor, codebook: Tensor | None = None) -> None:
         super().__init__()
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
         self.order_in_memory = memory_order(weight)
@@ -61,7 +62,7 @@ class PackedWeight(nn.Module):
         dense = torch.empty_like(weight).stride() == weight.stride()  # no gaps between numbers, and none twice
         self.strides = weight.stride() if single and dense else None
         rows = len(bits)
-        codes = integer_codes(name, weight, scale, bits).reshape(rows, -1)
+        codes = integer_codes(name, weight, scale, bits, codebook).reshape(rows, -1)
         self.columns = codes.shape[1] if rows else 0
         widths = bits.detach().cpu().long()
         grouped = torch.argsort(widths, stable=True)
@@ -69,6 +70,8 @@ class PackedWeight(nn.Module):
             (int(width), int(count)) for width, count in zip(*widths.unique(return_counts=True), strict=True)
         ]
         self.register_buffer("scales", scale.detach().cpu().to(torch.bfloat16))
+        if codebook is not None:
+            self.register_buffer("codebook", codebook.detach().cpu().to(torch.bfloat16))
         if not torch.equal(grouped, torch.arange(rows)):
             narrow = torch.int16 if rows <= 2**15 else torch.int32
             self.register_buffer("order", torch.argsort(grouped).to(narrow))
@@ -77,13 +80,22 @@ class PackedWeight(nn.Module):
             for part, lowest in parts_of(width):
                 self.register_buffer(plane_name(width, part), torch.from_numpy(_pack(numbers >> lowest, part)))
 
+    @property
+    def version(self) -> int:
+        """Of the index that a reader needs to know."""
+        if "codebook" in self._buffers:
+            return 3
+        return 2 if len(self.get_buffer("scales")) > self.shape[0] else 1
+
     def forward(self) -> Tensor:
         """The weight, in the shape, dtype and memory order that it had."""
         groups = [self._codes(width, count * self.columns).reshape(count, self.columns) for width, count in self.groups]
         rows = groups[0] if len(groups) == 1 else torch.cat(groups)
         if "order" in self._buffers:
             rows = rows.index_select(0, self.get_buffer("order").to(torch.int32))
-        # at most 8 bits times 8 bits of a bfloat16: exact
+        if "codebook" in self._buffers:
+            rows = look_up(rows, self.get_buffer("codebook"))
+        # at most 8 bits times 8 bits of a bfloat16: exact; a codebook's scales are 1
         values = rows.to(torch.float32) * self.get_buffer("scales").to(torch.float32).unsqueeze(1)
         weight = values.to(self.dtype).reshape(self.shape)
         if self.order_in_memory == tuple(range(len(self.shape))):
@@ -153,7 +165,13 @@ def read_weight(
     scales = torch.from_numpy(buffers["scales"].view(np.int16)).view(torch.bfloat16).float()
     if len(scales) != rows:
         raise ValueError(f"{rows} rows, but {len(scales)} scales")
-    return (torch.from_numpy(codes).float() * scales[:, None]).to(dtype).reshape(tuple(shape))
+    values = torch.from_numpy(codes).float()
+    if "codebook" in buffers:
+        codebook = torch.from_numpy(buffers["codebook"].view(np.int16)).view(torch.bfloat16).float()
+        if codes.size and int(np.abs(codes).max()) > len(codebook) // 2:
+            raise ValueError(f"codes beyond a codebook of {len(codebook)} values")
+        values = look_up(values, codebook)
+    return (values * scales[:, None]).to(dtype).reshape(tuple(shape))
 
 
 def _pack(numbers: NDArray[np.int16], part: int) -> NDArray[np.uint8]:

@@ -5,12 +5,14 @@ from lightning_xai_compress.quantization.allocation import (
     Allocated,
     BitsPer,
     Price,
+    Quantizer,
     Strategy,
     WidthCosts,
     allocate_bits,
     measure_widths,
     row_count,
 )
+from lightning_xai_compress.quantization.codebook import fit_codebook, nearest_codes, refit_codebook
 from lightning_xai_compress.quantization.grid import fit_scales, quantize, refit_scales
 from lightning_xai_compress.quantization.inplace import mask_, requantize_
 from lightning_xai_compress.quantization.widths import check_bits, check_widths, fixed_widths
@@ -20,18 +22,22 @@ __all__ = [
     "BitsPer",
     "FakeActivations",
     "Price",
+    "Quantizer",
     "Strategy",
     "WidthCosts",
     "allocate_bits",
     "check_bits",
     "check_widths",
     "fake_quantize",
+    "fit_codebook",
     "fit_scales",
     "fixed_widths",
     "mask_",
     "measure_widths",
+    "nearest_codes",
     "quantizable",
     "quantize",
+    "refit_codebook",
     "refit_scales",
     "requantize_",
     "row_count",

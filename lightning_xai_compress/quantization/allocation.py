@@ -7,21 +7,33 @@ a budget is quick, and can be done again and again (`WidthCosts.choose`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_xai_compress.plan import BitAllocation, ScoreMap, by_rows
+from lightning_xai_compress.plan import BitAllocation, ScoreMap, by_rows, look_up
+from lightning_xai_compress.quantization.codebook import fit_codebook, nearest_codes
 from lightning_xai_compress.quantization.grid import fit_scales, quantize
 from lightning_xai_compress.quantization.knapsack import knapsack, lower_bound, tiers
 from lightning_xai_compress.quantization.widths import check_bits, fixed_widths
 
-__all__ = ["Allocated", "BitsPer", "Price", "Strategy", "WidthCosts", "allocate_bits", "measure_widths", "row_count"]
+__all__ = [
+    "Allocated",
+    "BitsPer",
+    "Price",
+    "Quantizer",
+    "Strategy",
+    "WidthCosts",
+    "allocate_bits",
+    "measure_widths",
+    "row_count",
+]
 
 Strategy = Literal["knapsack", "ranked"]
 BitsPer = Literal["layer", "channel", "group"]
+Quantizer = Literal["uniform", "codebook"]
 Price = Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]]
 
 
@@ -35,6 +47,7 @@ class Allocated:
         cost: Squared quantization error times sensitivity, summed over weights.
         bound: What no choice of widths within the same budget can cost less than.
         bytes: What the weights take at the price that was measured.
+        codebooks: Those of the layers that share values.
     """
 
     allocation: BitAllocation
@@ -42,6 +55,7 @@ class Allocated:
     cost: float
     bound: float
     bytes: float
+    codebooks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def gap(self) -> float:
@@ -63,6 +77,7 @@ class WidthCosts:
         items: The item of each row, int64 of shape [rows], by parameter name.
         scales: Of least squared error, float32 of shape [rows, widths], by parameter name.
         row_size: Weights of a row by parameter name.
+        codebooks: One a width, by parameter name, of layers that share values.
     """
 
     widths: tuple[int, ...]
@@ -74,6 +89,7 @@ class WidthCosts:
     items: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
     row_size: Mapping[str, int]
+    codebooks: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
     def choose(
         self, average_bits: float | None = None, *, max_bytes: float | None = None, strategy: Strategy = "knapsack"
@@ -115,15 +131,18 @@ class WidthCosts:
         return self._allocated(choice, lower_bound(self.cost, price, budget))
 
     def _allocated(self, choice: Tensor, bound: float) -> Allocated:
-        bits, scales = {}, {}
+        bits, scales, codebooks = {}, {}, {}
         every = torch.tensor(self.widths, dtype=torch.uint8)
         for name, items in self.items.items():
             chosen, device = choice[items], self.scales[name].device
             bits[name] = every[chosen].to(device)
             scales[name] = self.scales[name].gather(1, chosen.to(device).unsqueeze(1)).squeeze(1)
+            if name in self.codebooks:
+                codebooks[name] = self.codebooks[name][int(chosen[0])].to(device)
         at = choice.unsqueeze(1)
         cost, taken = float(self.cost.gather(1, at).sum()), float(self.price.gather(1, at).sum())
-        return Allocated(BitAllocation(bits, dict(self.row_size)), scales, cost, min(bound, cost), taken / 8)
+        allocation = BitAllocation(bits, dict(self.row_size))
+        return Allocated(allocation, scales, cost, min(bound, cost), taken / 8, codebooks)
 
 
 def allocate_bits(
@@ -138,13 +157,14 @@ def allocate_bits(
     group_size: int | None = None,
     widths: Mapping[str, int] | None = None,
     price: Price | None = None,
+    quantizer: Quantizer = "uniform",
 ) -> Allocated:
     """Spend a budget of bits or bytes where it saves the most relevance.
 
     Minimises the sum over weights of sensitivity times squared quantization error, or shares widths out by rank.
 
     Args:
-        weights, scores, bits, bits_per, group_size, widths, price: See `measure_widths`.
+        weights, scores, bits, bits_per, group_size, widths, price, quantizer: See `measure_widths`.
         average_bits, max_bytes, strategy: See `WidthCosts.choose`.
 
     Raises:
@@ -152,8 +172,9 @@ def allocate_bits(
     """
     check_bits(bits, average_bits, (widths or {}).values())
     costs = measure_widths(
-        weights, scores, bits=bits, bits_per=bits_per, group_size=group_size, widths=widths, price=price
-    )
+        weights, scores, bits=bits, bits_per=bits_per, group_size=group_size, widths=widths, price=price,
+        quantizer=quantizer,
+    )  # fmt: skip
     return costs.choose(average_bits, max_bytes=max_bytes, strategy=strategy)
 
 
@@ -166,6 +187,7 @@ def measure_widths(
     group_size: int | None = None,
     widths: Mapping[str, int] | None = None,
     price: Price | None = None,
+    quantizer: Quantizer = "uniform",
 ) -> WidthCosts:
     """Fit scales at every width, and see what errors they leave.
 
@@ -180,6 +202,8 @@ def measure_widths(
         widths: Patterns of weights whose width is fixed, see `fixed_widths`; they need not be among `bits`.
         price: Gives the bits of every row, by parameter name, for the integer codes (int8 of shape [rows, columns], by
             parameter name) that all weights have at a width; called once a width. None: width times weights.
+        quantizer: "uniform": a grid with a scale for each row. "codebook": 2^bits - 1 values that a layer shares, from
+            k-means weighted by sensitivity, see `fit_codebook`; with bits_per="layer" alone.
 
     Raises:
         ValueError: A setting out of range, or a pattern that matches nothing.
@@ -190,6 +214,10 @@ def measure_widths(
         raise ValueError(
             f"bits_per='group' goes with a group_size, and nothing else does: got {bits_per}, {group_size}"
         )
+    if quantizer not in ("uniform", "codebook"):
+        raise ValueError(f"quantizer must be 'uniform' or 'codebook', got {quantizer!r}")
+    if quantizer == "codebook" and bits_per != "layer":
+        raise ValueError(f"quantizer='codebook' has one codebook a layer: use bits_per='layer', not {bits_per!r}")
     offered = check_bits(bits, None)
     fixed = fixed_widths(weights, widths or {})
     every = tuple(sorted({*offered, *fixed.values()}))
@@ -201,7 +229,7 @@ def measure_widths(
             unknown.add(name)
     allowed = {name: offered if name not in unknown else offered[-1:] for name in rows}
     allowed |= {name: (width,) for name, width in fixed.items()}
-    table = _Table(rows, every)
+    table = _Table(rows, every, shared=quantizer == "codebook")
     for column, width in enumerate(every):
         measured = [name for name in rows if width in allowed[name]]
         for name in measured:
@@ -230,8 +258,10 @@ def row_count(weight: Tensor, group_size: int | None = None) -> int:
 class _Table:
     """Costs, prices and scales of all rows, as they are measured."""
 
-    def __init__(self, rows: Mapping[str, Tensor], widths: tuple[int, ...]) -> None:
+    def __init__(self, rows: Mapping[str, Tensor], widths: tuple[int, ...], *, shared: bool) -> None:
         self.rows, self.widths = rows, widths
+        self.codebooks = {name: [own.new_zeros(2**width - 1).float() for width in widths] for name, own in rows.items()}
+        self._shared = shared
         self.row_size = {name: own[0].numel() for name, own in rows.items()}
         shape = {name: (len(own), len(widths)) for name, own in rows.items()}
         self.cost = {name: torch.full(shape[name], torch.inf, dtype=torch.float64) for name in rows}
@@ -240,7 +270,14 @@ class _Table:
 
     def measure(self, name: str, column: int, sensitivity: Tensor | None) -> None:
         """Fit scales at one width; where no sensitivity is known, errors count nothing."""
-        scale, squared = fit_scales(self.rows[name], self.widths[column])
+        if self._shared:
+            rows = self.rows[name].float()
+            weighing = sensitivity if sensitivity is not None and sensitivity.dim() else None
+            self.codebooks[name][column] = codebook = fit_codebook(rows, self.widths[column], weighing)
+            squared = look_up(nearest_codes(rows, codebook), codebook).sub_(rows).square_()
+            scale = torch.ones(len(rows), device=rows.device)
+        else:
+            scale, squared = fit_scales(self.rows[name], self.widths[column])
         self.scales[name][:, column] = scale
         error = squared.mul_(0.0 if sensitivity is None else sensitivity).flatten(1).sum(1, dtype=torch.float64)
         self.cost[name][:, column] = error.cpu()
@@ -257,6 +294,8 @@ class _Table:
             self.price[name][:, column] = prices[name].to(self.price[name])
 
     def _codes(self, name: str, column: int) -> Tensor:
+        if self._shared:
+            return nearest_codes(self.rows[name].flatten(1).float(), self.codebooks[name][column])
         scale = self.scales[name][:, column].contiguous()
         bits = torch.full(scale.shape, self.widths[column], dtype=torch.uint8, device=scale.device)
         values = quantize(self.rows[name].flatten(1).float(), bits, scale)
@@ -288,6 +327,7 @@ class _Table:
             items,
             self.scales,
             self.row_size,
+            self.codebooks if self._shared else {},
         )
 
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_xai_compress.plan import by_rows
+from lightning_xai_compress.plan import by_rows, look_up
+from lightning_xai_compress.quantization.codebook import nearest_codes
 
 _pytree = logging.getLogger("torch.utils._pytree")
 _was_disabled, _pytree.disabled = _pytree.disabled, True  # torchao 0.18 triggers a deprecation note of torch's own
@@ -27,7 +28,7 @@ __all__ = ["fit_scales", "in_memory_order", "largest_code", "least_squares", "qu
 _CANDIDATES = 80
 
 
-def quantize(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+def quantize(weight: Tensor, bits: Tensor, scale: Tensor, codebook: Tensor | None = None) -> Tensor:
     """Put a weight onto its grid.
 
     torchao takes one range a call; clipping each row to its own range first and rounding with the widest gives the
@@ -37,13 +38,16 @@ def quantize(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
         weight: Shape [channels, ...], floating point.
         bits: Width of each row, shape [rows], 2..8.
         scale: Step of each row, float32 of shape [rows], >= 0; 0 makes the row all zero.
+        codebook: The values that a layer shares, in place of the grid, see `CompressionPlan`.
 
     Returns:
-        The values code * scale in the dtype of the weight.
+        The values code * scale, or those of the codebook, in the dtype of the weight.
 
     Raises:
         ValueError: The weight cannot be cut into so many rows.
     """
+    if codebook is not None:
+        return look_up(nearest_codes(weight, codebook), codebook).to(weight.dtype)
     rows = by_rows(weight.detach(), len(bits)).flatten(1).float()
     codes = _codes(rows, bits, scale)
     block = (1, rows.shape[1])

@@ -32,7 +32,8 @@ def check_bits(bits: Sequence[int], average_bits: float | None, fixed: Iterable[
     if average_bits is not None:
         average_bits = check_number("average_bits", average_bits)
         fixed = tuple(fixed)
-        if not min(*widths, *fixed) <= average_bits <= max(*widths, *fixed):
+        every = (*widths, *fixed)
+        if not min(every) <= average_bits <= max(every):
             also = f" and widths={sorted(set(fixed))}" if fixed else ""
             raise ValueError(
                 f"average_bits must lie between the smallest and the largest of bits={widths}{also}, got {average_bits}"

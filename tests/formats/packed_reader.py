@@ -21,7 +21,7 @@ def read(data):
     header = json.loads(data[8 : 8 + length])
     metadata = header["__metadata__"]
     assert metadata["format"] == "lightning-xai-compress"
-    assert metadata["version"] in ("1", "2")
+    assert metadata["version"] in ("1", "2", "3")
     digest = metadata["sha256"]
     assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64, 1)).hexdigest() == digest
     parts = {}
@@ -91,7 +91,8 @@ def read_stream(words, index):
         if len(row) == 2 or row[3] == 0:
             continue
         name, dtype, shape, kind = row[:4]
-        rows = shape[0] * (row[4] if kind == 1 and len(row) == 5 else 1)
+        codebook = row[4] if kind == 1 and len(row) == 5 and isinstance(row[4], str) else ""
+        rows = shape[0] * (row[4] if kind == 1 and len(row) == 5 and not codebook else 1)
         columns = math.prod(shape) // rows
         label = [contexts.decode(coder) for _ in range(rows)]
         contexts.fade()
@@ -114,6 +115,10 @@ def read_stream(words, index):
             bits = top * 16 + bottom - 128 * index["contexts"][label[i]][0]
             scale = np.array([bits << 16], np.uint32).view(np.float32)[0]
             weights[i] = matrix[i].astype(np.float32) * scale
+        if codebook:
+            numbers = [int(codebook[at : at + 4], 16) << 16 for at in range(0, len(codebook), 4)]
+            numbers = np.array([0, *numbers], np.uint32).view(np.float32)  # from zero's place on, then those before it
+            weights = numbers[matrix]  # negative places count from the end
         coded[name] = rounded(weights.reshape(-1) + np.float32(0), dtype)
     assert coder.is_empty()
     return coded, bitmaps

@@ -58,7 +58,7 @@ def test_another_version_is_refused_by_number(tmp_path):
     data = pack(*compressed()).replace(b'"version":"1"', b'"version":"7"', 1)
     (tmp_path / "m").write_bytes(data)
 
-    with pytest.raises(ArtifactError, match=r"written by version 7 of the format, this package reads 1 and 2: install"):
+    with pytest.raises(ArtifactError, match=r"written by version 7 of the format, this package reads 1, 2, 3: install"):
         load_compressed(tmp_path / "m")
 
 
@@ -255,7 +255,7 @@ def rewrite(change):
         (lambda text: text.replace('"data_offsets": [0', '"data_offsets": [false'), "expected stream of dtype U32"),
         (lambda text: text[:-1] + ', "x": ' + "[" * 30000 + "]" * 30000 + "}", "expected a header of one JSON object"),
         (lambda text: "[1]", "expected a header of one JSON object"),
-        (lambda text: text.replace('"1"', '"3"'), "was written by version 3 of the format, this package reads 1 and 2"),
+        (lambda text: text.replace('"1"', '"4"'), "was written by version 4 of the format, this package reads 1, 2, 3"),
         (lambda text: text.replace('"1"', "1.5"), r"was written by version 1\.5 of the format"),
         (lambda text: text.replace("xai", "vai"), "is not a packed file: expected format 'lightning-xai-compress'"),
         (lambda text: text + " " * (1 << 16), "expected a header of at most 65536 bytes, a multiple of 8, got 6"),
