@@ -17,7 +17,7 @@ from lightning_xai_compress.formats.codes import pack_codes
 from lightning_xai_compress.plan import by_rows
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 __all__ = [
     "INT2_VERSIONS",
@@ -91,12 +91,7 @@ def quantize_input(
         graph.initializer.append(_tensor(f"{name}.shape", TensorProto.INT64, sizes, sizes.numpy().tobytes()))
         inputs = [nodes[-1].output[0], f"{name}.shape"]
         nodes.append(helper.make_node("Reshape", inputs, [f"{name}.shaped"], name=f"{name}.shaped"))
-    if dtype != TensorProto.FLOAT:
-        nodes.append(helper.make_node("Cast", [nodes[-1].output[0]], [f"{name}.cast"], name=f"{name}.cast", to=dtype))
-    nodes[-1].output[0] = name
-    for position, node in enumerate(nodes):
-        graph.node.insert(position, node)
-    graph.input.remove(next(entry for entry in graph.input if entry.name == name))
+    _replace_input(graph, name, nodes, dtype)
 
 
 def _share_input(
@@ -122,6 +117,13 @@ def _share_input(
         graph.initializer.append(_tensor(f"{integers}.scale", TensorProto.FLOAT, steps, steps.numpy().tobytes()))
         inputs = [nodes[-1].output[0], f"{integers}.scale"]
         nodes.append(helper.make_node("Mul", inputs, [f"{name}.scaled"], name=f"{name}.scaled"))
+    _replace_input(graph, name, nodes, dtype)
+
+
+def _replace_input(graph: GraphProto, name: str, nodes: list[NodeProto], dtype: int) -> None:
+    """Let nodes in front of the graph give what a graph input was, in the type that its consumers expect."""
+    from onnx import TensorProto, helper
+
     if dtype != TensorProto.FLOAT:
         nodes.append(helper.make_node("Cast", [nodes[-1].output[0]], [f"{name}.cast"], name=f"{name}.cast", to=dtype))
     nodes[-1].output[0] = name
