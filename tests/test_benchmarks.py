@@ -124,6 +124,19 @@ def test_channels_are_measured_by_what_the_files_hold(tmp_path):
 
 
 @pytest.mark.slow
+def test_shared_values_are_measured(tmp_path):
+    content, told = quick("sharing_bench", tmp_path / "sharing.json")
+
+    assert content["runs"].keys() == {"cnn/relevance/seed0", "cnn/error/seed0"}
+    assert content["limits"].keys() == {"codebook16_drop", "codebook16_gain_over_plain"}
+    assert content["checks"].keys() == {"codebook16_drop"}  # one seed alone proves nothing
+    for figures in content["runs"].values():
+        assert 0.85 < figures["reduction"] < 0.95
+        assert figures["drop"] < 20
+    assert "codebook16_drop" in told
+
+
+@pytest.mark.slow
 def test_the_naive_recorder_that_is_timed_gives_the_same_relevance(load):
     cost = load("relevance_cost")
     torch.manual_seed(0)

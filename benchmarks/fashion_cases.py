@@ -1,0 +1,169 @@
+"""What the benchmarks of further parts share: fits from the same dense checkpoints, done once each, and their means."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lightning_xai_compress.formats.onnx import OnnxModule
+from lightning_xai_compress.tables import table
+
+from common import RESULTS, Results, environment
+from fashion_fit import Data, fit_base, network, prepare, trainer_of
+from fashion_grid import FULL, QUICK, Recipe
+from fashion_tasks import CONTROL, DENSE, Base
+
+__all__ = ["NOISE", "Case", "Study", "evaluate", "gain", "mean_of", "summary"]
+
+NOISE = 0.3  # points that a difference has to exceed
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fit."""
+
+    model: str
+    kind: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return f"{self.model}/{self.kind}/seed{self.seed}"
+
+    @classmethod
+    def read(cls, key: str) -> Case:
+        """The case of a key."""
+        model, kind, seed = key.split("/")
+        return cls(model, kind, int(seed.removeprefix("seed")))
+
+    def folder(self, cache: Path, name: str) -> Path:
+        """Where its files are."""
+        return cache / name / self.key.replace(":", "-")
+
+
+class Study:
+    """The options of a script, its results, and the work that is not done yet.
+
+    Args:
+        name: Of the results and of the folder of files.
+        doc: Of the script.
+        limits: Of its figures.
+        taught: Whether the dense model teaches.
+    """
+
+    def __init__(self, name: str, doc: str | None, limits: Mapping[str, float], *, taught: bool) -> None:
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--only", default="*", help="shell pattern on keys such as cnn/lrp/seed0")
+        parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
+        parser.add_argument("--quick", action="store_true", help="few images and one epoch, only to see that it runs")
+        parser.add_argument("--report", action="store_true", help="run nothing: figures from the results")
+        parser.add_argument("--rounds", type=int, default=31, help="of timing, where there is any")
+        parser.add_argument("--output", type=Path)
+        parser.add_argument("--cache", type=Path)
+        self.options = parser.parse_args()
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+        prepare()
+        quick = "_quick" if self.options.quick else ""
+        self.name = name
+        self.recipe = QUICK if quick else FULL
+        if not taught:
+            self.recipe = replace(self.recipe, distillation=None)
+        self.cache = (self.options.cache or Path(f"artifacts/benchmark{quick}")).resolve()
+        output = self.options.output or RESULTS / f"{name}{quick}.json"
+        found = json.loads(output.read_text()) if output.exists() else {}
+        known = {"runs": {}, "latency": {}, **found, "environment": environment(self.options.seeds), "limits": limits}
+        self.results = Results(output, **known)
+
+    @property
+    def runs(self) -> dict[str, Any]:
+        """What is done, by key."""
+        found: dict[str, Any] = self.results.content["runs"]
+        return found
+
+    def cases(
+        self, kinds: Sequence[str], quick: Sequence[str], models: Sequence[str] = ("cnn", "resnet")
+    ) -> list[Case]:
+        """All that the options ask for."""
+        if self.options.quick:
+            return [Case(models[0], kind, 0) for kind in quick]
+        return [Case(model, kind, seed) for seed in self.options.seeds for model in models for kind in kinds]
+
+    def work(self, cases: Iterable[Case], run: Callable[[Case, Recipe, Path], dict[str, float]]) -> None:
+        """Do what is not done, so many at once."""
+        chosen = [case for case in cases if fnmatchcase(case.key, self.options.only) and case.key not in self.runs]
+        if self.options.report:
+            return
+        with ProcessPoolExecutor(self.options.jobs, multiprocessing.get_context("spawn"), prepare) as pool:
+            bases = dict.fromkeys((case.model, case.seed) for case in chosen)
+            [*pool.map(_bases, bases, [self.recipe] * len(bases), [self.cache] * len(bases))]
+            waiting = {pool.submit(run, case, self.recipe, self.cache): case for case in chosen}
+            for future in as_completed(waiting):
+                key = waiting[future].key
+                self.results.add("runs", key, **future.result())
+                print(key, self.runs[key], flush=True)
+
+    def tell(self, checks: Mapping[str, float]) -> None:
+        """Write the figures, and print them."""
+        self.results.content.pop("checks", None)
+        self.results.add("checks", **checks)
+        print(summary(self.runs))
+        print(json.dumps(checks, indent=1))
+
+
+def _bases(which: tuple[str, int], recipe: Recipe, cache: Path) -> None:
+    for kind in (DENSE, CONTROL):
+        fit_base(Base(*which, kind), recipe, cache)
+
+
+def evaluate(model: Any, case: Case, recipe: Recipe) -> tuple[float, float]:
+    """Accuracy in percent on validation and test images."""
+    judge = model
+    if isinstance(model, OnnxModule):
+        judge = network(case.model, case.seed)
+        judge.net = model
+    trainer, data = trainer_of(recipe), Data(recipe, 0)
+    val = trainer.validate(judge, datamodule=data, verbose=False)[0]["val_acc"]
+    return 100 * val, 100 * trainer.test(judge, datamodule=data, verbose=False)[0]["test_acc"]
+
+
+def mean_of(runs: Mapping[str, Mapping[str, float]], model: str, kind: str, name: str) -> float | None:
+    """Of a figure over seeds; None without any."""
+    found = [row[name] for key, row in runs.items() if (Case.read(key).model, Case.read(key).kind) == (model, kind)]
+    return statistics.mean(found) if found else None
+
+
+def gain(runs: Mapping[str, Mapping[str, float]], model: str, ours: str, theirs: str) -> tuple[float, bool] | None:
+    """Mean of the paired differences in test accuracy, and whether it is more than noise; None for one seed alone."""
+    rows = {Case.read(key): row["test"] for key, row in runs.items()}
+    seeds = [case.seed for case in rows if (case.model, case.kind) == (model, ours)]
+    gains = [
+        rows[Case(model, ours, seed)] - rows[other] for seed in seeds if (other := Case(model, theirs, seed)) in rows
+    ]
+    if len(gains) < 2:
+        return None
+    mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
+    return mean, abs(mean) > max(NOISE, 2 * error)
+
+
+def summary(runs: Mapping[str, Mapping[str, float]]) -> str:
+    """A row a network and kind; means over seeds."""
+    cells: dict[tuple[str, str], list[Mapping[str, float]]] = {}
+    for key, figures in runs.items():
+        cells.setdefault((Case.read(key).model, Case.read(key).kind), []).append(figures)
+    names = list(dict.fromkeys(name for figures in runs.values() for name in figures))
+    rows = [
+        (*case, *(f"{statistics.mean(row[name] for row in found):.3f}" for name in names), str(len(found)))
+        for case, found in cells.items()
+    ]
+    return table(("model", "kind", *names, "seeds"), rows)

@@ -1,0 +1,77 @@
+"""Layers that share sixteen values: what k-means weighted by relevance is worth against plain k-means, and a grid.
+
+    python benchmarks/sharing_bench.py [--only PATTERN] [--seeds N ...] [--jobs N] [--quick] [--report]
+                                       [--output FILE.json] [--cache FOLDER]
+
+Everything starts from the dense checkpoints of `fashion_bench.py` and trains on for the same 6 epochs by the same
+recipe, the last two of them on the shared values; nothing is pruned. Accuracies are those of the file read back, on the
+validation images, by which choices are made, and on the test images, read once. "drop" is against the same fit without
+compression.
+
+| kind | what |
+|---|---|
+| relevance, fisher, error | codebooks of 15 values a layer (4 bits), zero among them, by what k-means is weighted by |
+| grid | 4 bits a weight on a grid with a scale for each output channel |
+| KIND:untrained | quantized at the start of the last epoch in place of the last two, at the end of the schedule |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning_xai_compress import Quantization, XAICompression, load_compressed
+from lightning_xai_compress.report import dense_bytes
+
+from fashion_cases import Case, Study, evaluate, gain, mean_of
+from fashion_fit import common_settings, fit_base, load_dense, network, train
+from fashion_grid import Recipe
+from fashion_tasks import CONTROL, Base
+
+DEFAULT, PLAIN = "relevance", "error"
+KINDS = (DEFAULT, "fisher", PLAIN, "grid", f"{DEFAULT}:untrained", f"{PLAIN}:untrained")
+LIMITS = {"codebook16_drop": 0.3, "codebook16_gain_over_plain": 0.0}
+_LATE = 0.97  # of the fit
+
+
+def main() -> None:
+    study = Study("sharing", __doc__, LIMITS, taught=True)
+    study.work(study.cases(KINDS, quick=(DEFAULT, PLAIN)), run)
+    study.tell(checks(study.runs))
+
+
+def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:
+    """Train; accuracies in percent, and bytes of the file."""
+    net = network(case.model, case.seed, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    load_dense(net, case.model, case.seed, recipe, cache)
+    control = fit_base(Base(case.model, case.seed, CONTROL), recipe, cache)
+    dense, folder = dense_bytes(net), case.folder(cache, "sharing")
+    name, _, late = case.kind.partition(":")
+    quantization = Quantization()
+    if name != "grid":
+        quantization = Quantization(quantizer="codebook", bits_per="layer", sensitivity=name)  # type: ignore[arg-type]
+    settings = common_settings(recipe) | ({"pruning_end": _LATE} if late else {})
+    compression = XAICompression(
+        sparsity=0.0, bits=(4,), average_bits=4.0, quantization=quantization, export_dir=str(folder), **settings
+    )
+    train(net, case.seed, recipe, [compression])
+    file = folder / "model.safetensors"
+    val, test = evaluate(load_compressed(file, network(case.model, case.seed)), case, recipe)
+    return {"val": val, "test": test, "drop": control.test - test, "reduction": 1 - file.stat().st_size / dense}
+
+
+def checks(runs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The figures that have limits, as far as there is data for them."""
+    found: dict[str, float] = {}
+    drops = [each for model in ("cnn", "resnet") if (each := mean_of(runs, model, DEFAULT, "drop")) is not None]
+    if drops:
+        found["codebook16_drop"] = max(drops)
+    both = (gain(runs, model, DEFAULT, PLAIN) for model in ("cnn", "resnet"))
+    gains = [each for each in both if each is not None]
+    if gains:  # a difference within noise is none
+        found["codebook16_gain_over_plain"] = min(points if counts else max(points, 0.0) for points, counts in gains)
+    return found
+
+
+if __name__ == "__main__":
+    main()
