@@ -141,8 +141,8 @@ FORGERIES = {
     "native code": ({"data/aotinductor/model/a.so": lambda _: b"ELF"}, r"a\.so.*not read"),
     "a path out of the archive": ({CONFIG: swap(b'"weight_0"', b'"weight_0/../../x"')}, "damaged"),
     "another version": (
-        {EXTRA: swap(b'"version":1', b'"version":3')},
-        r"has version 3 of the index, expected one of \(1, 2\)",
+        {EXTRA: swap(b'"version":1', b'"version":4')},
+        r"has version 4 of the index, expected one of \(1, 2, 3\)",
     ),
     "another byte order": ({"byteorder": lambda _: b"big"}, "big-endian"),
     "a name twice": ({EXTRA: swap(b'"name":"2.bias"', b'"name":"0.bias"')}, "0.bias is there twice"),
