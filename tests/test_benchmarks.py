@@ -118,9 +118,6 @@ def test_channels_are_measured_by_what_the_files_hold(tmp_path):
         assert 0.4 < figures["macs"] <= 0.5
     assert content["checks"]["combined_reduction"] > 0.9
     assert all(name in told for name in STRUCTURED_CHECKS)
-    before = (tmp_path / "structured.json").read_text()
-    again, _ = quick("structured_bench", tmp_path / "structured.json")
-    assert again["runs"] == json.loads(before)["runs"]
 
 
 @pytest.mark.slow
