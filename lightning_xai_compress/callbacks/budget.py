@@ -164,10 +164,10 @@ class Budget(CompressionCallback, Stage):
 class SizeBudget(Budget):
     """Meet a file size: sparsity and bits are chosen together, for the bytes of the packed file.
 
-    The first pruning step plans the sparsity from its scores. When quantized training begins, candidates are weighed
-    again and the last weights go; what training moves afterwards is corrected at every epoch, and after the last
-    batch, so that the file ends within 2 % of the target, from below. To be used beside `RelevancePruning` and
-    `MixedPrecision`.
+    The first pruning step plans the sparsity from its scores, and the first one after three quarters of the steps plans
+    it again. When quantized training begins, candidates are weighed again and the last weights go; what training moves
+    afterwards is corrected at every epoch, and after the last batch, so that the file ends within 2 % of the target,
+    from below. To be used beside `RelevancePruning` and `MixedPrecision`.
 
     Args:
         target_size: Share of the dense file (fp32, safetensors) in (0, 1), or a whole number of bytes.

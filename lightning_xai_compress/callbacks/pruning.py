@@ -33,6 +33,7 @@ from lightning_xai_compress.relevance import Ends, known_names
 
 __all__ = ["Pruning", "RelevancePruning"]
 
+_PLANNED_AGAIN = 0.75  # of the steps towards a size
 _SPENT = 0.01  # of the largest learning rate so far: too little to heal what was pruned
 
 
@@ -105,6 +106,7 @@ class RelevancePruning(CompressionCallback, Stage):
         self._done = 0
         self._scored = 0
         self._target = sparsity
+        self._replanned = False
         self._peak = 0.0
         self.positives = 0
         self.exhausted = False
@@ -290,7 +292,9 @@ class RelevancePruning(CompressionCallback, Stage):
         )
 
     def _prune(self, session: Session, scores: ScoreMap, batch: int) -> None:
-        if self._target is None:
+        late = self._done >= _PLANNED_AGAIN * len(self._positions)
+        if self._target is None or (self._budget is not None and late and not self._replanned):
+            self._replanned = late  # by then weights are nearly those that will be quantized
             self._target = (
                 min(nonpositive_share(scores, self.choice.confidence), 0.999)
                 if self._open
@@ -330,6 +334,7 @@ class RelevancePruning(CompressionCallback, Stage):
             "done": self._done,
             "scored": self._scored,
             "target": self._target,
+            "replanned": self._replanned,
             "positives": self.positives,
             "exhausted": self.exhausted,
             "peak": self._peak,
@@ -341,6 +346,7 @@ class RelevancePruning(CompressionCallback, Stage):
         self._done = state.get("done", 0)
         self._scored = state.get("scored", 0)
         self._target = state.get("target", self.sparsity)
+        self._replanned = state.get("replanned", False)
         self.positives = state.get("positives", 0)
         self.exhausted = state.get("exhausted", False)
         self._peak = state.get("peak", 0.0)

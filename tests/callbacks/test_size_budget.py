@@ -49,6 +49,17 @@ def test_the_file_is_within_two_percent_of_the_target_from_below(tmp_path, share
     assert all(torch.equal(loaded[name], each) for name, each in model.state_dict().items())
 
 
+def test_the_sparsity_is_planned_again_when_three_quarters_of_the_steps_are_taken(tmp_path):
+    callback = budgeted(tmp_path, target_size=0.06, bits=(4,), pruning=Pruning(steps=8))
+
+    fit(tmp_path, [callback], model=WideNet)
+
+    events = [event for event in callback.report.history if event["event"] in ("planned", "pruned")]
+    assert [event["event"] for event in events] == ["planned", *["pruned"] * 5, "planned", *["pruned"] * 3]
+    assert events[0]["sparsity"] != events[6]["sparsity"]
+    assert events[-1]["sparsity"] == pytest.approx(events[6]["sparsity"], abs=1e-3)
+
+
 def test_a_number_of_bytes_is_a_target_too(tmp_path):
     callback = budgeted(tmp_path, target_size=2500)
 
@@ -180,7 +191,7 @@ def test_a_pass_that_fails_while_corrections_are_made_ends_the_compression_and_n
     def failing(scorer, batch, *, criterion=None, explain=None):
         if criterion == "fisher":
             passes.append(batch)
-            if len(passes) > 3:  # before training, for the plan, and when quantized training begins
+            if len(passes) > 4:  # before training, for the two plans, and when quantized training begins
                 raise RelevanceError("no information")
         return training_samples(scorer, batch, criterion=criterion, explain=explain)
 
@@ -192,6 +203,6 @@ def test_a_pass_that_fails_while_corrections_are_made_ends_the_compression_and_n
         _, trainer = fit(tmp_path, [callback], model=WideNet)
 
     assert trainer.current_epoch == 8
-    assert len(passes) == 4
+    assert len(passes) == 5
     assert callback.report.halted == "weights could not be scored for their widths: no information"
     assert file_bytes(tmp_path) <= int(0.1 * callback.report.dense.bytes)
