@@ -87,8 +87,6 @@ def _read(
             if isinstance(module, nn.Parameter):
                 raise _CannotGoError("a parameter outside of layers shares them")
             continue  # an operation without weights
-        if "Output" in type(dependency.target.module).__name__:
-            raise _CannotGoError("they are the output of the model")
         name, inputs = names[id(module)], "in_channels" in handler
         index = _index(item.idxs, item.root_idxs, size)
         if isinstance(module, _ConvNd | nn.Linear):

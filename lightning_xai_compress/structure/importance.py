@@ -35,7 +35,7 @@ def channel_scores(groups: Iterable[ChannelGroup], scores: ScoreMap, how: Channe
         scores: Of the weights.
         how: "sum", "mean" or "rms" (root of the mean square) of the scores of the weights of its filter; or "output":
             the absolute value of their summed relevance, which is the relevance of the channel itself as far as a rule
-            conserves it (Yeom et al. 2021, eq. 9, prune filters by it).
+            conserves it (Yeom et al. 2021 prune filters by it).
 
     Returns:
         Name of the group -> float32 of shape [channels]. NaN where a weight of unknown score is among them.

@@ -1,6 +1,5 @@
 """The dense model teaches the compressed one through the gradient at the logits; training_step knows nothing of it."""
 
-import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,52 +8,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_xai_compress import DenseTeacher, Distillation, RelevancePruning, RelevanceScoring, Scoring
+from lightning_xai_compress import DenseTeacher, Distillation
 from lightning_xai_compress.callbacks.distillation import _scale
 from lightning_xai_compress.errors import RelevanceError
 
-from budgets import Stop, WideNet
-from toy import Corners, ToyNet, compression, fit, watch_scores
-
-DISTILLATION = Distillation(weight=0.6, temperature=2.0)
-NAMED = replace(DISTILLATION, module="")  # from the first batch on
-
-
-class Taught(WideNet):
-    """The same loss, written out: what a user would have to change in training_step."""
-
-    teacher = ()
-
-    def on_train_start(self):
-        self.teacher = (copy.deepcopy(self).eval(),)  # no child
-
-    def training_step(self, batch, batch_idx):
-        inputs, target = batch
-        logits = self(inputs)
-        with torch.no_grad():
-            taught = self.teacher[0](inputs)
-        apart = F.kl_div(
-            (logits / 2).log_softmax(1), (taught / 2).log_softmax(1), log_target=True, reduction="batchmean"
-        )
-        return 0.4 * F.cross_entropy(logits, target) + 0.6 * 4 * apart
-
-
-class Untaught(WideNet):
-    """The same forward, and its losses."""
-
-    def training_step(self, batch, batch_idx):
-        inputs, target = batch
-        return F.cross_entropy(self(inputs), target)
-
-
-def taught(folder, **settings):
-    return compression(folder, **({"warmup": 0, "distillation": DISTILLATION} | settings))
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
+from budgets import Stop
+from teaching import DISTILLATION, NAMED, Taught, Untaught, taught, weights
+from toy import ToyNet, fit, watch_scores
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -310,21 +271,6 @@ def test_going_on_without_the_dense_model_is_refused(tmp_path):
         fit(tmp_path, [taught(tmp_path)], model=Untaught, ckpt_path=tmp_path / "second.ckpt")
 
 
-def test_labels_that_do_not_exclude_each_other_are_taught_one_by_one(tmp_path):
-    """By the gradient of the written-out loss, at the logits."""
-    teacher = DenseTeacher(Distillation(weight=0.5, temperature=2.0, outputs="labels"))
-    module = SimpleNamespace(automatic_optimization=True)
-    trainer = SimpleNamespace(precision_plugin=None, accumulate_grad_batches=1)
-    teacher._fit = SimpleNamespace(module=module, trainer=trainer, in_backward=True)
-    z, t = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
-    loss = 4 * F.binary_cross_entropy_with_logits(z / 2, (t / 2).sigmoid())
-    (expected,) = torch.autograd.grad(0.5 * z.square().mean() + 0.5 * loss, z)
-
-    pulled = teacher._pull(z.detach(), t)(torch.autograd.grad(z.square().mean(), z)[0])
-
-    torch.testing.assert_close(pulled, expected)
-
-
 def test_a_training_step_that_calls_none_of_them_is_refused(tmp_path):
     class Functional(Untaught):
         def training_step(self, batch, batch_idx):
@@ -362,40 +308,3 @@ def test_what_does_not_fit_the_model_is_refused_before_training(tmp_path):
         fit(tmp_path, [DenseTeacher()], model=model)
     with pytest.raises(ValueError, match=r"distillation must be a Distillation\(...\), got 0.7"):
         DenseTeacher(0.7)
-
-
-class OneLogit(Untaught):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(64, 1)
-
-    def training_step(self, batch, batch_idx):
-        inputs, target = batch
-        return F.binary_cross_entropy_with_logits(self(inputs), target)
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-
-class Binary(Corners):
-    """Whether the bright corner is below; targets in the shape of the logits."""
-
-    def train_dataloader(self):
-        inputs, target = self.data.tensors
-        return DataLoader(TensorDataset(inputs, (target > 1).float()[:, None]), batch_size=32)
-
-
-def test_a_single_logit_is_taught_by_the_logistic_function_and_without_the_bundle(tmp_path):
-    taught_by = DenseTeacher(Distillation(weight=1.0, temperature=1.0, module=""))
-    pruning = RelevancePruning(sparsity=0.5, start=0, end=1, selection="least")
-
-    model, _ = fit(tmp_path, [RelevanceScoring(scoring=Scoring(samples=32)), pruning, taught_by], OneLogit, Binary())
-
-    # from a network that has not learned anything: all that is learned is to be as it was
-    inputs = Binary().data.tensors[0]
-    torch.manual_seed(0)
-    dense = OneLogit()
-    with torch.no_grad():
-        apart = (model(inputs).sigmoid() - dense(inputs).sigmoid()).abs().mean()
-        spread = (dense(inputs).sigmoid() - dense(inputs).sigmoid().mean()).abs().mean()
-    assert apart < spread / 2
