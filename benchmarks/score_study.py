@@ -1,13 +1,15 @@
 """Which function of relevance and weight ranks weights best: the family Q^a |w'|, its starts, and LAMP's normalization.
 
     python benchmarks/score_study.py [--models lenet cnn] [--reductions 97.5 99] [--scores NAME ...] [--seeds 0 1 2]
-                                     [--learning-rate X] [--weight-decay X] [--untaught] [--jobs N] [--report]
-                                     [--output FILE.json]
+                                     [--training taught|untaught|none] [--learning-rate X] [--weight-decay X]
+                                     [--steps N] [--jobs N] [--quick] [--report] [--output FILE.json]
+                                     [--cache FOLDER]
 
 Every score compresses the same dense checkpoint of `fashion_bench.py` (which is trained if it is not there) to the
 same bytes by the same recipe. Judged is the file read back, on the 5,000 validation images: the test images are not
-touched. Results are written as they come, and a run that is there is not done again; nor is one that
-`fashion_bench.py` has done, whose validation accuracies are taken from its results.
+touched. With `--training none` it is `compress` on 1,024 training images, and nothing trains. Results are written as
+they come, and a run that is there is not done again; nor is one that `fashion_bench.py` has done, whose validation
+accuracies are taken from its results.
 
 | name | score |
 |---|---|
@@ -22,28 +24,33 @@ touched. Results are written as they come, and a run that is there is not done a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_xai_compress import Pruning, ScoreMap, XAICompression, load_compressed, score
+from lightning_xai_compress import Choice, Pruning, ScoreMap, XAICompression, compress, load_compressed, save, score
+from lightning_xai_compress.pruning import Normalization
 from lightning_xai_compress.tables import table
 
 from common import RESULTS, Results, environment
 from fashion_checks import Row
 from fashion_fit import Data, common_settings, fit_base, load_dense, network, prepare, train, trainer_of
-from fashion_grid import FULL, Recipe, fingerprint
+from fashion_grid import FULL, QUICK, Recipe, fingerprint
 from fashion_tasks import DENSE, Base
+
+Training = Literal["taught", "untaught", "none"]
 
 SCORES = ("q0", "q25", "q50", "q75", "q50@logit", "q100@logit", "q50+lamp", "q100+lamp", "sign")
 
@@ -55,7 +62,8 @@ class Case:
     Args:
         model, reduction, seed: What is compressed how far, in percent.
         score: A name of the table above.
-        taught: Whether the dense model teaches.
+        training: Whether the dense model teaches while the compressed one trains on, or nothing trains any more.
+        steps: Of pruning.
     """
 
     model: str
@@ -64,14 +72,14 @@ class Case:
     seed: int
     learning_rate: float = FULL.learning_rate
     weight_decay: float = FULL.weight_decay
-    taught: bool = True
+    training: Training = "taught"
+    steps: int = Pruning().steps
 
-    @property
-    def recipe(self) -> Recipe:
-        """That of the benchmark, but for what is studied."""
+    def changed(self, recipe: Recipe) -> Recipe:
+        """The recipe of the benchmark, but for what is studied."""
         return replace(
-            FULL,
-            distillation=FULL.distillation if self.taught else None,
+            recipe,
+            distillation=recipe.distillation if self.training == "taught" else None,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
         )
@@ -79,21 +87,31 @@ class Case:
     @property
     def conditions(self) -> str:
         """All but model, size, score and seed."""
-        taught = "taught" if self.taught else "untaught"
-        return f"learning rate {self.learning_rate:g}, weight decay {self.weight_decay:g}, {taught}"
+        if self.training == "none":
+            return f"no training, {self.steps} steps"
+        numbers = f"learning rate {self.learning_rate:g}, weight decay {self.weight_decay:g}, {self.steps} steps"
+        return f"{self.training}, {numbers}"
 
     @property
     def key(self) -> str:
         """Its name in the results."""
-        recipe = f"lr{self.learning_rate:g}/decay{self.weight_decay:g}/{'taught' if self.taught else 'untaught'}"
+        recipe = f"{self.training}/lr{self.learning_rate:g}/decay{self.weight_decay:g}/steps{self.steps}"
         return f"{self.model}/{self.score}/{self.reduction:g}/{recipe}/seed{self.seed}"
 
     @classmethod
     def read(cls, key: str) -> Case:
         """The case of a key."""
-        model, name, reduction, rate, decay, taught, seed = key.split("/")
-        numbers = float(rate.removeprefix("lr")), float(decay.removeprefix("decay"))
-        return cls(model, name, float(reduction), int(seed.removeprefix("seed")), *numbers, taught == "taught")
+        model, name, reduction, training, rate, decay, steps, seed = key.split("/")
+        return cls(
+            model,
+            name,
+            float(reduction),
+            int(seed.removeprefix("seed")),
+            float(rate.removeprefix("lr")),
+            float(decay.removeprefix("decay")),
+            training,  # type: ignore[arg-type]
+            int(steps.removeprefix("steps")),
+        )
 
 
 def main() -> None:
@@ -102,22 +120,28 @@ def main() -> None:
     parser.add_argument("--reductions", type=float, nargs="+", default=[97.5, 99.0])
     parser.add_argument("--scores", nargs="+", default=[*SCORES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--untaught", action="store_true", help="without the dense model as a teacher")
+    parser.add_argument(
+        "--training", choices=("taught", "untaught", "none"), default="taught", help="by the dense model"
+    )
     parser.add_argument("--learning-rate", type=float, default=FULL.learning_rate)
     parser.add_argument("--weight-decay", type=float, default=FULL.weight_decay)
+    parser.add_argument("--steps", type=int, default=Pruning().steps, help="of pruning")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
+    parser.add_argument("--quick", action="store_true", help="one epoch on few images, only to see that it runs")
     parser.add_argument("--report", action="store_true", help="run nothing: tables from the results")
-    parser.add_argument("--cache", type=Path, default=Path("artifacts/benchmark"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "score_study.json")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    recipe, quick = (QUICK, "_quick") if arguments.quick else (FULL, "")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
     prepare()
-    cache = arguments.cache.resolve()
-    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"runs": {}}
-    known = of_benchmark(RESULTS / "fashion_mnist.json")
+    cache = (arguments.cache or Path(f"artifacts/benchmark{quick}")).resolve()
+    output = arguments.output or RESULTS / f"score_study{quick}.json"
+    found = json.loads(output.read_text()) if output.exists() else {"runs": {}}
+    known = of_benchmark(RESULTS / "fashion_mnist.json", recipe)
     if not arguments.report:
-        results = Results(arguments.output, **{**found, "environment": environment(arguments.seeds)})
-        numbers = arguments.learning_rate, arguments.weight_decay, not arguments.untaught
+        results = Results(output, **{**found, "environment": environment(arguments.seeds)})
+        numbers = arguments.learning_rate, arguments.weight_decay, arguments.training, arguments.steps
         cases = [
             case
             for seed in arguments.seeds
@@ -128,9 +152,9 @@ def main() -> None:
             and case.key not in results.content["runs"]
         ]
         for base in dict.fromkeys(Base(case.model, case.seed, DENSE) for case in cases):
-            fit_base(base, FULL, cache)
+            fit_base(base, recipe, cache)
         with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), prepare) as pool:
-            waiting = {pool.submit(run, case, cache): case for case in cases}
+            waiting = {pool.submit(run, case, recipe, cache): case for case in cases}
             for left, future in enumerate(as_completed(waiting)):
                 key = waiting[future].key
                 results.add("runs", key, **future.result())
@@ -139,38 +163,55 @@ def main() -> None:
     print(summary(known | {Case.read(key): values["val"] for key, values in found["runs"].items()}))
 
 
-def of_benchmark(path: Path) -> dict[Case, float]:
+def of_benchmark(path: Path, recipe: Recipe) -> dict[Case, float]:
     """Validation accuracies of the benchmark's own runs to a size."""
     content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     found = {}
     for row in map(Row.read, content["runs"].values()):
-        if row.run.budget.kind == "size" and row.recipe == fingerprint(FULL, row.run):
+        if row.run.budget.kind == "size" and row.recipe == fingerprint(recipe, row.run):
             name = "q100" if row.run.method.name == "default" else row.run.method.name
             name += "+uniform" if row.run.method.widths == "uniform" else ""
             found[Case(row.run.model, name, row.run.budget.value, row.run.seed)] = row.val
     return found
 
 
-def run(case: Case, cache: Path) -> dict[str, float]:
+def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:
     """Compress; validation accuracy of the file in percent, and what it is made of."""
     criterion, *marks = case.score.split("+")
-    recipe, folder = case.recipe, cache / "score_study" / case.key
+    dense, recipe, folder = recipe, case.changed(recipe), cache / "score_study" / case.key
     net = network(case.model, case.seed, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    load_dense(net, case.model, case.seed, FULL, cache)
-    compression = XAICompression(
-        target_size=round(1 - case.reduction / 100, 6),
-        criterion=member(criterion) if criterion[0] == "q" or criterion == "sign" else criterion,
-        pruning=Pruning(normalization="lamp" if "lamp" in marks else None),
-        selection="least",
-        bits=(4,) if "uniform" in marks else (2, 3, 4, 6, 8),
-        export_dir=str(folder),
-        **common_settings(recipe),
-    )
-    seconds = train(net, case.seed, recipe, [compression])
+    load_dense(net, case.model, case.seed, dense, cache)
+    normalization: Normalization | None = "lamp" if "lamp" in marks else None
+    settings: dict[str, Any] = {
+        "target_size": round(1 - case.reduction / 100, 6),
+        "criterion": member(criterion) if criterion[0] == "q" or criterion == "sign" else criterion,
+        "selection": "least",
+        "bits": (4,) if "uniform" in marks else (2, 3, 4, 6, 8),
+    }
+    began = time.perf_counter()
+    if case.training == "none":
+        batches, files = _batches(case.seed, recipe), common_settings(recipe)["files"]
+        choice = Choice(normalization=normalization)
+        compressed = compress(net, batches, choice=choice, steps=case.steps, files=files, **settings)
+        save(net, compressed.plan, folder, files=files)
+        sparsity = compressed.report.sparsity
+    else:
+        pruning = Pruning(normalization=normalization, steps=case.steps)
+        callback = XAICompression(pruning=pruning, export_dir=str(folder), **common_settings(recipe), **settings)
+        train(net, case.seed, recipe, [callback])
+        sparsity = callback.report.sparsity if callback.report else 0.0
+    seconds = time.perf_counter() - began
     read = load_compressed(folder / "model.safetensors", network(case.model, case.seed))
     value = trainer_of(recipe).validate(read, datamodule=Data(recipe, 0), verbose=False)[0]["val_acc"]
-    size, report = (folder / "model.safetensors").stat().st_size, compression.report
-    return {"val": 100 * value, "bytes": size, "sparsity": report.sparsity if report else 0.0, "seconds": seconds}
+    size = (folder / "model.safetensors").stat().st_size
+    return {"val": 100 * value, "bytes": size, "sparsity": sparsity, "seconds": seconds}
+
+
+def _batches(seed: int, recipe: Recipe) -> list[Any]:
+    """1,024 training images."""
+    data = Data(recipe, seed)
+    data.setup("fit")
+    return list(itertools.islice(data.train_dataloader(), 1024 // recipe.batch_size))
 
 
 def member(name: str) -> Callable[[nn.Module, Iterable[Any], Sequence[str]], ScoreMap]:

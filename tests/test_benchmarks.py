@@ -39,10 +39,10 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-def quick(script, output):
+def quick(script, output, *options):
     """The figures of a short run, and what it printed."""
     result = subprocess.run(
-        [sys.executable, BENCHMARKS / f"{script}.py", "--quick", "--output", output],
+        [sys.executable, BENCHMARKS / f"{script}.py", "--quick", "--output", output, *options],
         cwd=output.parent, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -131,6 +131,23 @@ def test_shared_values_are_measured(tmp_path):
         assert 0.85 < figures["reduction"] < 0.95
         assert figures["drop"] < 20
     assert "codebook16_drop" in told
+
+
+@pytest.mark.slow
+def test_scores_are_compared_at_equal_bytes_trained_and_not(tmp_path):
+    few = ["--models", "lenet", "--reductions", "95", "--seeds", "0", "--steps", "3"]
+    quick("score_study", tmp_path / "study.json", *few, "--scores", "q100")
+    two = ["--scores", "q100", "q50@logit+lamp", "--training", "none"]
+    content, told = quick("score_study", tmp_path / "study.json", *few, *two)
+
+    ran = content["runs"]
+    assert [tuple(key.split("/")[1:4:2]) for key in ran] == [("q100", "taught"), *((name, "none") for name in two[1:3])]
+    sizes = [figures["bytes"] for figures in ran.values()]
+    assert max(sizes) == pytest.approx(min(sizes), rel=0.03)
+    trained, ours, other = (figures["val"] for figures in ran.values())
+    assert min(trained, ours, other) > 30
+    assert len({trained, ours, other}) == 3
+    assert f"{other - ours:+.2f} (1)" in told  # a difference has no spread with one seed
 
 
 @pytest.mark.slow
