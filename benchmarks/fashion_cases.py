@@ -18,13 +18,17 @@ from lightning_xai_compress.formats.onnx import OnnxModule
 from lightning_xai_compress.tables import table
 
 from common import RESULTS, Results, environment
-from fashion_fit import Data, fit_base, network, prepare, trainer_of
+from fashion_fit import data_of, fit_base, network, prepare, trainer_of
 from fashion_grid import FULL, QUICK, Recipe
 from fashion_tasks import CONTROL, DENSE, Base
 
-__all__ = ["NOISE", "Case", "Study", "evaluate", "gain", "mean_of", "summary"]
+__all__ = ["MODELS", "NOISE", "Case", "Study", "evaluate", "gain", "mean_of", "summary"]
 
 NOISE = 0.3  # points that a difference has to exceed
+MODELS = ("cnn", "resnet", "pitch")
+PITCH = Recipe(
+    batch_size=64, learning_rate=0.003, train_samples=4_096, val_samples=4_096, test_samples=4_096, distillation=None
+)
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,18 @@ class Study:
         found: dict[str, Any] = self.results.content["runs"]
         return found
 
-    def cases(
-        self, kinds: Sequence[str], quick: Sequence[str], models: Sequence[str] = ("cnn", "resnet")
-    ) -> list[Case]:
+    def cases(self, kinds: Sequence[str], quick: Sequence[str]) -> list[Case]:
         """All that the options ask for."""
         if self.options.quick:
-            return [Case(models[0], kind, 0) for kind in quick]
-        return [Case(model, kind, seed) for seed in self.options.seeds for model in models for kind in kinds]
+            return [Case(MODELS[0], kind, 0) for kind in quick]
+        return [Case(model, kind, seed) for seed in self.options.seeds for model in MODELS for kind in kinds]
+
+    def recipe_of(self, model: str) -> Recipe:
+        """The same for all methods."""
+        if model != "pitch":
+            return self.recipe
+        samples = min(PITCH.train_samples, self.recipe.train_samples)
+        return replace(PITCH, epochs=self.recipe.epochs, train_samples=samples)
 
     def work(self, cases: Iterable[Case], run: Callable[[Case, Recipe, Path], dict[str, float]]) -> None:
         """Do what is not done, so many at once."""
@@ -106,8 +115,9 @@ class Study:
             return
         with ProcessPoolExecutor(self.options.jobs, multiprocessing.get_context("spawn"), prepare) as pool:
             bases = dict.fromkeys((case.model, case.seed) for case in chosen)
-            [*pool.map(_bases, bases, [self.recipe] * len(bases), [self.cache] * len(bases))]
-            waiting = {pool.submit(run, case, self.recipe, self.cache): case for case in chosen}
+            for each in [pool.submit(_bases, *base, self.recipe_of(base[0]), self.cache) for base in bases]:
+                each.result()
+            waiting = {pool.submit(run, case, self.recipe_of(case.model), self.cache): case for case in chosen}
             for future in as_completed(waiting):
                 key = waiting[future].key
                 self.results.add("runs", key, **future.result())
@@ -121,9 +131,9 @@ class Study:
         print(json.dumps(checks, indent=1))
 
 
-def _bases(which: tuple[str, int], recipe: Recipe, cache: Path) -> None:
+def _bases(model: str, seed: int, recipe: Recipe, cache: Path) -> None:
     for kind in (DENSE, CONTROL):
-        fit_base(Base(*which, kind), recipe, cache)
+        fit_base(Base(model, seed, kind), recipe, cache)
 
 
 def evaluate(model: Any, case: Case, recipe: Recipe) -> tuple[float, float]:
@@ -132,7 +142,7 @@ def evaluate(model: Any, case: Case, recipe: Recipe) -> tuple[float, float]:
     if isinstance(model, OnnxModule):
         judge = network(case.model, case.seed)
         judge.net = model
-    trainer, data = trainer_of(recipe), Data(recipe, 0)
+    trainer, data = trainer_of(recipe), data_of(judge, recipe, 0)
     val = trainer.validate(judge, datamodule=data, verbose=False)[0]["val_acc"]
     return 100 * val, 100 * trainer.test(judge, datamodule=data, verbose=False)[0]["test_acc"]
 

@@ -20,19 +20,23 @@ from lightning_xai_compress import Distillation, Files, Pruning, Scoring, XAICom
 from lightning_xai_compress.report import dense_bytes
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from data import FashionMNISTData
+from data import FashionMNISTData, ImageData
 from fashion_grid import MEASURED, Recipe, fingerprint, fit_settings_of, settings_of
 from fashion_tasks import DENSE, Base, BaseResult, Run, RunResult
 from models import FashionNet, FashionResNet, ImageClassifier, LeNet300
+from pitch import PitchData, PitchNet
 from runner import silence
 
 __all__ = [
     "Data",
+    "Network",
     "checkpoint",
     "common_settings",
+    "data_of",
     "digest",
     "fit_base",
     "fit_run",
+    "inputs_of",
     "kept_weights",
     "load_dense",
     "network",
@@ -41,10 +45,12 @@ __all__ = [
     "trainer_of",
 ]
 
-NETWORKS: dict[str, Callable[..., ImageClassifier]] = {
+Network = ImageClassifier | PitchNet
+NETWORKS: dict[str, Callable[..., Network]] = {
     "cnn": FashionNet,
     "resnet": FashionResNet,
     "lenet": LeNet300,
+    "pitch": PitchNet,
 }
 
 
@@ -64,6 +70,16 @@ class Data(FashionMNISTData):
 @functools.cache
 def _images() -> Any:
     return FashionMNISTData().load()
+
+
+def data_of(model: L.LightningModule, recipe: Recipe, seed: int) -> ImageData:
+    """Images, or tones."""
+    return PitchData(recipe, seed) if isinstance(model, PitchNet) else Data(recipe, seed)
+
+
+def inputs_of(model: L.LightningModule, count: int) -> tuple[int, ...]:
+    """Shape of so many inputs."""
+    return (count, 1024) if isinstance(model, PitchNet) else (count, 1, 28, 28)
 
 
 def prepare() -> None:
@@ -99,7 +115,11 @@ def fit_base(base: Base, recipe: Recipe, cache: Path) -> BaseResult:
     start = "" if base.kind == DENSE else load_dense(model, base.model, base.seed, recipe, cache)
     kept = _kept(path)
     if kept is None or kept.get("recipe") != fingerprint(recipe, base) or kept.get("start", "") != start:
-        seconds = train(model, base.seed, recipe, first=base.kind == DENSE)
+        if isinstance(model, PitchNet) and base.kind == DENSE:
+            model.load_published()
+            seconds = 0.0
+        else:
+            seconds = train(model, base.seed, recipe, first=base.kind == DENSE)
         val, test = _evaluate(model, recipe)
         figures = {"val": val, "test": test, "seconds": seconds}
         kept = {"state": model.state_dict(), **figures, "recipe": fingerprint(recipe, base), "start": start}
@@ -164,13 +184,13 @@ def common_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def network(name: str, seed: int, **settings: float) -> ImageClassifier:
+def network(name: str, seed: int, **settings: float) -> Network:
     """A new network."""
     L.seed_everything(seed, verbose=False)
     return NETWORKS[name](**settings)
 
 
-def load_dense(model: ImageClassifier, name: str, seed: int, recipe: Recipe, cache: Path) -> str:
+def load_dense(model: Network, name: str, seed: int, recipe: Recipe, cache: Path) -> str:
     """Give a network the weights of its dense fit; returns their digest."""
     base = Base(name, seed, DENSE)
     kept = _kept(checkpoint(cache, base))
@@ -187,7 +207,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
 
 
 def train(
-    model: ImageClassifier,
+    model: Network,
     seed: int,
     recipe: Recipe,
     callbacks: Sequence[L.Callback] = (),
@@ -200,7 +220,7 @@ def train(
     epochs = recipe.dense_epochs if first else recipe.epochs
     trainer = trainer_of(recipe, max_epochs=epochs, callbacks=list(callbacks), val_check_interval=val_check_interval)
     began = time.perf_counter()
-    trainer.fit(model, datamodule=Data(recipe, seed if first else seed + 1000))
+    trainer.fit(model, datamodule=data_of(model, recipe, seed if first else seed + 1000))
     return time.perf_counter() - began
 
 

@@ -17,6 +17,9 @@ accuracies are taken from its results.
 | qA@logit | the same, start relevance the logit of the true class |
 | ...+lamp | its square over the sum of all squares in its layer that are not smaller |
 | ...+uniform | 4 bits for all weights instead of mixed ones |
+| ...+layer, ...+group | a width for each layer, or for each 16 input channels of an output channel |
+| ...+ranked | tiers by relevance instead of the knapsack |
+| ...+fisher, ...+error | the knapsack weighs errors by the squared gradient, or all alike |
 | magnitude, lamp, wanda, fisher, taylor | the package's criteria of these names |
 | sign | q100, and half as much for weights of relevance <= 0 |
 """
@@ -40,7 +43,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_xai_compress import Choice, Pruning, ScoreMap, XAICompression, compress, load_compressed, save, score
+from lightning_xai_compress import (
+    Choice,
+    Pruning,
+    Quantization,
+    ScoreMap,
+    XAICompression,
+    compress,
+    load_compressed,
+    save,
+    score,
+)
 from lightning_xai_compress.pruning import Normalization
 from lightning_xai_compress.tables import table
 
@@ -50,6 +63,13 @@ from fashion_fit import Data, common_settings, fit_base, load_dense, network, pr
 from fashion_grid import FULL, QUICK, Recipe, fingerprint
 from fashion_tasks import DENSE, Base
 
+ALLOCATIONS = {
+    "layer": Quantization(bits_per="layer"),
+    "group": Quantization(bits_per="group", group_size=16),
+    "ranked": Quantization(strategy="ranked"),
+    "fisher": Quantization(sensitivity="fisher"),
+    "error": Quantization(sensitivity="error"),
+}
 Training = Literal["taught", "untaught", "none"]
 
 SCORES = ("q0", "q25", "q50", "q75", "q50@logit", "q100@logit", "q50+lamp", "q100+lamp", "sign")
@@ -83,6 +103,12 @@ class Case:
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
         )
+
+    def __post_init__(self) -> None:
+        marks = set(self.score.split("+")[1:])
+        known = {"lamp", "uniform", *(() if self.training == "none" else ALLOCATIONS)}
+        if marks - known:
+            raise ValueError(f"{self.score}: expected marks out of {sorted(known)} with training {self.training}")
 
     @property
     def conditions(self) -> str:
@@ -197,6 +223,8 @@ def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:
         sparsity = compressed.report.sparsity
     else:
         pruning = Pruning(normalization=normalization, steps=case.steps)
+        chosen = [ALLOCATIONS[mark] for mark in marks if mark in ALLOCATIONS]
+        settings |= {"quantization": chosen[0]} if chosen else {}
         callback = XAICompression(pruning=pruning, export_dir=str(folder), **common_settings(recipe), **settings)
         train(net, case.seed, recipe, [callback])
         sparsity = callback.report.sparsity if callback.report else 0.0

@@ -3,8 +3,9 @@
     python benchmarks/sharing_bench.py [--only PATTERN] [--seeds N ...] [--jobs N] [--quick] [--report]
                                        [--output FILE.json] [--cache FOLDER]
 
-Everything starts from the dense checkpoints of `fashion_bench.py` and trains on for the same 6 epochs by the same
-recipe, the last two of them on the shared values; nothing is pruned. Accuracies are those of the file read back, on the
+Networks of Fashion-MNIST start from the dense checkpoints of `fashion_bench.py`, and "pitch" is the tracker of
+`pitch.py` as it was published. Everything trains on for the same 6 epochs by the same recipe, the last two of them on
+the shared values; nothing is pruned. Accuracies are those of the file read back, on the
 validation images, by which choices are made, and on the test images, read once. "drop" is against the same fit without
 compression.
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from lightning_xai_compress import Quantization, XAICompression, load_compressed
 from lightning_xai_compress.report import dense_bytes
 
-from fashion_cases import Case, Study, evaluate, gain, mean_of
+from fashion_cases import MODELS, Case, Study, evaluate, gain, mean_of
 from fashion_fit import common_settings, fit_base, load_dense, network, train
 from fashion_grid import Recipe
 from fashion_tasks import CONTROL, Base
@@ -63,10 +64,10 @@ def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:
 def checks(runs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The figures that have limits, as far as there is data for them."""
     found: dict[str, float] = {}
-    drops = [each for model in ("cnn", "resnet") if (each := mean_of(runs, model, DEFAULT, "drop")) is not None]
+    drops = [each for model in MODELS if (each := mean_of(runs, model, DEFAULT, "drop")) is not None]
     if drops:
         found["codebook16_drop"] = max(drops)
-    both = (gain(runs, model, DEFAULT, PLAIN) for model in ("cnn", "resnet"))
+    both = (gain(runs, model, DEFAULT, PLAIN) for model in MODELS)
     gains = [each for each in both if each is not None]
     if gains:  # a difference within noise is none
         found["codebook16_gain_over_plain"] = min(points if counts else max(points, 0.0) for points, counts in gains)

@@ -3,8 +3,9 @@
     python benchmarks/structured_bench.py [--only PATTERN] [--seeds N ...] [--jobs N] [--quick] [--report]
                                           [--output FILE.json] [--cache FOLDER]
 
-Everything starts from the dense checkpoints of `fashion_bench.py` and trains on for the same 6 epochs by the same
-recipe, without a teacher. Accuracies are those of the file read back, on the validation images, by which choices are
+Networks of Fashion-MNIST start from the dense checkpoints of `fashion_bench.py`, and "pitch" is the tracker of
+`pitch.py` as it was published. Everything trains on for the same 6 epochs by the same recipe, without a teacher.
+Accuracies are those of the file read back, on the validation images, by which choices are
 made, and on the test images, read once. "dense" is the same fit without compression.
 
 | kind | what |
@@ -47,8 +48,8 @@ from lightning_xai_compress.report import dense_bytes
 from lightning_xai_compress.structure import macs_of
 
 from common import paired, ratio
-from fashion_cases import Case, Study, evaluate, gain, mean_of
-from fashion_fit import fit_base, load_dense, network, train
+from fashion_cases import MODELS, Case, Study, evaluate, gain, mean_of
+from fashion_fit import Network, fit_base, inputs_of, load_dense, network, train
 from fashion_grid import Recipe
 from fashion_tasks import CONTROL, Base
 
@@ -77,9 +78,8 @@ def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:
     folder = case.folder(cache, "structured")
     control = fit_base(Base(case.model, case.seed, CONTROL), recipe, cache)
     dense, before = dense_bytes(net), _macs(net)
-    example = torch.zeros(1, 1, 28, 28)
     if case.kind == "torch_pruning":
-        pruned_by_torch_pruning(net, example)
+        pruned_by_torch_pruning(net)
         train(net, case.seed, recipe)
         _save_floats(net, folder)
         small = net
@@ -143,7 +143,7 @@ def batchnorm_scale(model: nn.Module, batches: Iterable[Any], layers: Sequence[s
     return found
 
 
-def pruned_by_torch_pruning(net: nn.Module, example: Tensor) -> None:
+def pruned_by_torch_pruning(net: Network) -> None:
     """By the library's own importance and pruner, in place, to the same share of operations."""
     import torch_pruning
 
@@ -152,7 +152,7 @@ def pruned_by_torch_pruning(net: nn.Module, example: Tensor) -> None:
     net.eval()
     pruner = torch_pruning.pruner.BasePruner(
         net,
-        example,
+        torch.zeros(inputs_of(net, 1)),
         importance=torch_pruning.importance.MagnitudeImportance(),
         global_pruning=True,
         pruning_ratio=0.9,
@@ -166,27 +166,29 @@ def pruned_by_torch_pruning(net: nn.Module, example: Tensor) -> None:
     net.train()
 
 
-def _macs(net: nn.Module) -> float:
+def _macs(net: Network) -> float:
     net = copy.deepcopy(net).eval()
-    counted, rest = macs_of(net, lambda: net(torch.zeros(1, 1, 28, 28)))
+    counted, rest = macs_of(net, lambda: net(torch.zeros(inputs_of(net, 1))))
     return sum(counted.values()) + rest
 
 
-def _save_floats(net: nn.Module, folder: Path) -> None:
+def _save_floats(net: Network, folder: Path) -> None:
     keep = {name: torch.ones_like(each, dtype=torch.bool) for name, each in net.named_parameters() if each.dim() > 1}
-    example = [Inputs((torch.zeros(size, 1, 28, 28),)) for size in (2, 4)]
+    example = [Inputs((torch.zeros(inputs_of(net, size)),)) for size in (2, 4)]
     save(net.eval(), CompressionPlan(Mask(keep)), folder, formats=["safetensors", "onnx"], examples=example)
 
 
 def latency(case: Case, cache: Path, rounds: int) -> dict[str, float]:
     """Time of a file over that of the dense model in fp32, at batch 1 and 16."""
     dense = cache / "structured" / f"{case.model}-dense"
-    _save_floats(network(case.model, 0), dense)
+    net = network(case.model, 0)
+    _save_floats(net, dense)
     found = {}
     for batch in (1, 16):
+        shape = inputs_of(net, batch)
         tasks = {
-            "dense": _runner(dense / "model.onnx", batch),
-            "small": _runner(case.folder(cache, "structured") / "model.onnx", batch),
+            "dense": _runner(dense / "model.onnx", shape),
+            "small": _runner(case.folder(cache, "structured") / "model.onnx", shape),
         }
         for task in tasks.values():
             task()
@@ -195,17 +197,17 @@ def latency(case: Case, cache: Path, rounds: int) -> dict[str, float]:
     return found
 
 
-def _runner(path: Path, batch: int) -> Callable[[], object]:
+def _runner(path: Path, shape: tuple[int, ...]) -> Callable[[], object]:
     session = onnx_session(path, threads=1)
-    inputs = {session.get_inputs()[0].name: torch.rand(batch, 1, 28, 28).numpy()}
-    repeat = 200 if batch == 1 else 30
+    inputs = {session.get_inputs()[0].name: torch.rand(shape).numpy()}
+    repeat = 200 if shape[0] == 1 else 30
     return lambda: [session.run(None, inputs) for _ in range(repeat)]
 
 
 def checks(content: Mapping[str, Any]) -> dict[str, float]:
     """The figures that have limits, as far as there is data for them."""
     runs, found = content["runs"], dict[str, float]()
-    pairs = [(model, rival) for model in ("cnn", "resnet") for rival in CRITERIA if rival != DEFAULT]
+    pairs = [(model, rival) for model in MODELS for rival in CRITERIA if rival != DEFAULT]
     gaps = [each for each in (gain(runs, model, DEFAULT, rival) for model, rival in pairs) if each is not None]
     found["channel_gap_to_best"] = min([0.0, *(points for points, counts in gaps if counts)])
     timed = {Case.read(key): figures for key, figures in content["latency"].items()}
@@ -217,7 +219,7 @@ def checks(content: Mapping[str, Any]) -> dict[str, float]:
     if together:
         found["combined_speedup"] = min(1 / max(each["b1"], each["b16"]) for each in together)
     drops, reductions = (
-        [each for model in ("cnn", "resnet") if (each := mean_of(runs, model, "combined", name)) is not None]
+        [each for model in MODELS if (each := mean_of(runs, model, "combined", name)) is not None]
         for name in ("drop", "reduction")
     )
     if drops:

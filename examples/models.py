@@ -49,13 +49,19 @@ class ImageClassifier(L.LightningModule):
         self.log(f"{stage}_acc", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        decayed = [parameter for parameter in self.parameters() if parameter.dim() > 1]
-        others = [parameter for parameter in self.parameters() if parameter.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps, pct_start=0.25)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self, self.lr, self.weight_decay)
+
+
+def one_cycle(module: L.LightningModule, lr: float, weight_decay: float) -> Any:
+    """SGD with a one-cycle schedule over the whole fit; biases and BatchNorm do not decay."""
+    decayed = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in module.parameters() if parameter.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, int(module.trainer.estimated_stepping_batches), pct_start=0.25
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def convolutions(widths: Sequence[int], strides: Sequence[int]) -> nn.Sequential:
