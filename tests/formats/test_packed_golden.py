@@ -1,4 +1,4 @@
-"""Versions 1 and 2 are frozen: a file that was written once is read for ever, and an independent reader agrees."""
+"""Versions 1 to 3 are frozen: a file that was written once is read for ever, and an independent reader agrees."""
 
 import hashlib
 import json
@@ -14,17 +14,18 @@ from lightning_xai_compress.formats import packed
 from lightning_xai_compress.formats.packed import load_compressed, pack
 from lightning_xai_compress.plan import CompressionPlan, Mask
 
-from packed_golden import VERSIONS, golden, golden_grouped
+from packed_golden import VERSIONS, golden, golden_grouped, golden_shared
 from packed_nets import assert_same, compressed, quantize
 from packed_reader import read
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.safetensors"
-GROUPED = GOLDEN.with_name("v2.safetensors")
+GROUPED, SHARED = GOLDEN.with_name("v2.safetensors"), GOLDEN.with_name("v3.safetensors")
 SHA256 = {
     GOLDEN: "3efa4eb62d101e3b702f632a6eb8882eccd95235ea048faac3ee32644dd8717c",
     GROUPED: "e54868874f7611f1c6562a261aa490f952deb7e569d530dc4d953f51c06b478f",
+    SHARED: "885175d088ddd2890234b291dbc55926045302d75d7456a19d695b39368e09cd",
 }
-MAKE = {GOLDEN: golden, GROUPED: golden_grouped}
+MAKE = {GOLDEN: golden, GROUPED: golden_grouped, SHARED: golden_shared}
 each_version = pytest.mark.parametrize("path", [*MAKE], ids=lambda path: path.stem)
 ZLIB = "1.2.13"  # that deflated it
 
@@ -95,10 +96,22 @@ def test_the_golden_file_holds_every_kind_of_tensor():
 
 def test_the_golden_file_of_version_2_has_groups_beside_rows():
     data = GROUPED.read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
-    assert header["__metadata__"]["version"] == "2"
+    assert version(data) == "2"
     assert {width for width, _ in read(data)[1]["contexts"]} == {2, 3, 4, 5, 6, 8}
+
+
+def test_the_golden_file_of_version_3_has_codebooks_beside_groups_and_rows():
+    data = SHARED.read_bytes()
+
+    assert version(data) == "3"
+    last = [row[4] for row in read(data)[1]["tensors"] if len(row) > 4]
+    assert sorted(len(entry) for entry in last if isinstance(entry, str)) == [4 * (2**width - 2) for width in (2, 4, 8)]
+    assert [entry for entry in last if isinstance(entry, int)] == [2, 4]
+
+
+def version(data):
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["version"]
 
 
 @each_version
