@@ -11,7 +11,8 @@ compression.
 
 | kind | what |
 |---|---|
-| relevance, fisher, error | codebooks of 15 values a layer (4 bits), zero among them, by what k-means is weighted by |
+| relevance, absolute, fisher, error | codebooks of 15 values (4 bits) with zero, by what weighs k-means |
+| blocks | by relevance, a codebook for every 16 output channels |
 | grid | 4 bits a weight on a grid with a scale for each output channel |
 | KIND:untrained | quantized at the start of the last epoch in place of the last two, at the end of the schedule |
 """
@@ -19,9 +20,10 @@ compression.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from lightning_xai_compress import Quantization, XAICompression, load_compressed
+from lightning_xai_compress import Quantization, Scoring, XAICompression, load_compressed
 from lightning_xai_compress.report import dense_bytes
 
 from fashion_cases import MODELS, Case, Study, evaluate, gain, mean_of
@@ -30,7 +32,7 @@ from fashion_grid import Recipe
 from fashion_tasks import CONTROL, Base
 
 DEFAULT, PLAIN = "relevance", "error"
-KINDS = (DEFAULT, "fisher", PLAIN, "grid", f"{DEFAULT}:untrained", f"{PLAIN}:untrained")
+KINDS = (DEFAULT, "absolute", "fisher", PLAIN, "blocks", "grid", f"{DEFAULT}:untrained", f"{PLAIN}:untrained")
 LIMITS = {"codebook16_drop": 0.3, "codebook16_gain_over_plain": 0.0}
 _LATE = 0.97  # of the fit
 
@@ -48,10 +50,16 @@ def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:
     control = fit_base(Base(case.model, case.seed, CONTROL), recipe, cache)
     dense, folder = dense_bytes(net), case.folder(cache, "sharing")
     name, _, late = case.kind.partition(":")
-    quantization = Quantization()
-    if name != "grid":
-        quantization = Quantization(quantizer="codebook", bits_per="layer", sensitivity=name)  # type: ignore[arg-type]
     settings = common_settings(recipe) | ({"pruning_end": _LATE} if late else {})
+    quantization = Quantization(quantizer="codebook", bits_per="layer")
+    if name == "grid":
+        quantization = Quantization()
+    elif name == "blocks":
+        quantization = replace(quantization, codebook_channels=16)
+    else:
+        quantization = replace(quantization, sensitivity=name)  # type: ignore[arg-type]
+    if name == "absolute":
+        settings["scoring"] = Scoring(statistics=("rms", "absolute"))
     compression = XAICompression(
         sparsity=0.0, bits=(4,), average_bits=4.0, quantization=quantization, export_dir=str(folder), **settings
     )

@@ -107,11 +107,11 @@ def callbacks_of(case: Case, folder: Path, recipe: Recipe) -> list[Any]:
         return [
             XAICompression(
                 structure="channel",
-                channels=Channels(macs=SHARE),
-                target_size=0.045,
+                channels=Channels(macs=0.4),
+                target_size=0.03,
                 warmup=0,
                 pruning_end=end,
-                bits=(2, 3, 4, 6, 8),
+                bits=(2, 4),  # integer types of ONNX
                 quantization=Quantization(activations="int8"),
                 files=Files(activations="int8", float16=True, merge_batchnorm=True),
                 formats=("safetensors", "onnx"),

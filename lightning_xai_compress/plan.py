@@ -209,8 +209,9 @@ class CompressionPlan:
         allocation: Bit width of each row; None while nothing is quantized.
         scales: Step of the grid of each row, float32 of shape [rows], exactly representable in bfloat16, >= 0. A
             weight equals its integer code times the scale, codes within +-(2^(bits-1) - 1).
-        codebooks: For layers that share values: these, float32 of shape [2^bits - 1], rising, zero in the middle and
-            exactly representable in bfloat16. A code then is a place in it, counted from zero's, and scales are 1.
+        codebooks: For layers that share values: these, float32 of shape [blocks, 2^bits - 1], each row rising, zero in
+            the middle and exactly representable in bfloat16. Each block of consecutive channels, as many as the
+            others, has one. A code then is a place in it, counted from zero's, and scales are 1.
         skipped: What was left alone, and why.
         provenance: How it was made (criterion, versions and the like): plain text that every file keeps.
     """
@@ -237,13 +238,15 @@ class CompressionPlan:
                 raise ValueError(f"{name} has a codebook, but no bit width")
             assert self.allocation is not None
             widths = self.allocation[name].unique().tolist()
-            if len(widths) != 1 or codebook.shape != (2 ** widths[0] - 1,):
+            channels = len(self.allocation[name])
+            fits = codebook.dim() == 2 and len(codebook) and not channels % len(codebook)
+            if len(widths) != 1 or not fits or codebook.shape[1] != 2 ** widths[0] - 1:
                 raise ValueError(
-                    f"{name} has a codebook of {tuple(codebook.shape)} values and widths {widths}: expected one width, "
-                    "and 2^bits - 1 values"
+                    f"{name} has codebooks of shape {tuple(codebook.shape)}, {channels} channels and widths {widths}: "
+                    "expected one width, 2^bits - 1 values, and a number of codebooks that divides the channels"
                 )
-            if codebook[len(codebook) // 2] != 0 or bool((codebook.diff() < 0).any()):
-                raise ValueError(f"the codebook of {name} must rise, with zero in the middle")
+            if bool(codebook[:, codebook.shape[1] // 2].any()) or bool((codebook.diff() < 0).any()):
+                raise ValueError(f"the codebooks of {name} must rise, with zero in the middle")
 
 
 def by_rows(weight: Tensor, rows: int) -> Tensor:
@@ -275,8 +278,16 @@ def by_rows(weight: Tensor, rows: int) -> Tensor:
 
 
 def look_up(codes: Tensor, codebook: Tensor) -> Tensor:
-    """The values of a codebook that codes stand for, in their shape: places, counted from zero's in the middle."""
-    return codebook[codes.to(torch.int64) + len(codebook) // 2]
+    """The values that codes stand for, in their shape.
+
+    Args:
+        codes: Places in a codebook, counted from zero's in the middle; shape [channels, ...].
+        codebook: Shape [blocks, values], see `CompressionPlan`.
+    """
+    blocks, values = codebook.shape
+    starts = torch.arange(blocks, device=codebook.device).unsqueeze(1) * values + values // 2
+    places = codes.to(torch.int64).reshape(blocks, -1) + starts
+    return codebook.flatten()[places].reshape(codes.shape)
 
 
 def unknown_rows(scores: Mapping[str, Tensor]) -> list[Skipped]:

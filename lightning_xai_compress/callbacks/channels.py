@@ -167,6 +167,11 @@ class ChannelPruning(CompressionCallback, Stage):
                 "bits_per='group' cuts input channels into groups of one size, which would not be whole any more once "
                 "channels go: use bits_per='channel' or 'layer' with structure='channel'"
             )
+        if precision is not None and precision.quantization.codebook_channels is not None:
+            raise ValueError(
+                "codebook_channels gives every block of output channels a codebook, and blocks would not be whole any "
+                "more once channels go: leave it out with structure='channel', so that a layer has one"
+            )
         example = example_inputs(session, ("structure='channel'",))[0]
         with torch.inference_mode(False), evaluation(session.module):
             self._groups = self._usable(session, example)

@@ -62,7 +62,7 @@ class XAICompression(CompressionCallback):
             scope, floor, confidence, normalization, protect, protect_ends, fresh_batchnorm).
         quantization: Who gets how many bits (strategy, per layer, channel or group, widths by name), and whether layers
             read activations of 8 bits, too: Quantization(activations, strategy, bits_per, group_size, sensitivity,
-            quantizer, widths).
+            quantizer, codebook_channels, widths).
         files: How files are written (integer types, 8-bit activations, float16, BatchNorm merged): Files(onnx_bits,
             activations, ranges, float16, merge_batchnorm).
         structure: "channel": whole channels go, too, and files hold a smaller module, see `ChannelPruning`; None: not.

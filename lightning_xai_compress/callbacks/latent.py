@@ -361,11 +361,11 @@ class LatentCopy:
         Raises:
             LatentCopyError: The state is of another model.
         """
-        for part in state.values():
+        for kind, part in state.items():
             for name, tensor in part.items():
                 if name not in self.parameters:
                     raise LatentCopyError(f"the checkpoint compressed {name}, which is not among this fit's layers")
-                if tensor.dim() > 1 and tensor.shape != self.parameters[name].shape:
+                if kind != "codebooks" and tensor.dim() > 1 and tensor.shape != self.parameters[name].shape:
                     raise LatentCopyError(
                         f"the checkpoint holds {name} of shape {tuple(tensor.shape)}, the model "
                         f"{tuple(self.parameters[name].shape)}"

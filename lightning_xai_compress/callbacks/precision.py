@@ -28,6 +28,7 @@ from lightning_xai_compress.quantization import (
     FakeActivations,
     WidthCosts,
     allocate_bits,
+    block_count,
     check_bits,
     fixed_widths,
     measure_widths,
@@ -220,6 +221,7 @@ class MixedPrecision(CompressionCallback, Stage):
             group_size=settings.group_size,
             widths=settings.widths,
             quantizer=settings.quantizer,
+            codebook_channels=settings.codebook_channels,
         )
         return found if not kept else _with_rows(found, weights, rows)
 
@@ -235,18 +237,22 @@ class MixedPrecision(CompressionCallback, Stage):
             widths=settings.widths,
             price=entropy_price,
             quantizer=settings.quantizer,
+            codebook_channels=settings.codebook_channels,
         )
 
     def _uses_scores(self, session: Session) -> bool:
         """Whether the scores of the fit are the sensitivity; the Fisher information is that of the margin alone."""
         fisher = session.scorer.criterion == "fisher" and session.scorer.settings.explain == "margin"
-        return self.quantization.sensitivity == "relevance" or (self.quantization.sensitivity == "fisher" and fisher)
+        chosen = self.quantization.sensitivity
+        return chosen in ("relevance", "absolute") or (chosen == "fisher" and fisher)
 
     def _sensitivity(self, session: Session, scores: ScoreMap | None) -> ScoreMap | None:
         """What weighs errors; the pass for the Fisher information is made once for the same scores."""
         if self.quantization.sensitivity == "error":
             return None
         if self._uses_scores(session):
+            if scores is not None and self.quantization.sensitivity == "absolute":
+                return replace(scores, sensitivity=scores.absolute)
             return scores
         if self._fisher is None or self._fisher[0] is not scores:
             batch = session.position(max(session.trainer.fit_loop.epoch_loop.batch_idx, 0))
@@ -291,6 +297,20 @@ class MixedPrecision(CompressionCallback, Stage):
             raise ValueError(
                 f"group_size={group} divides the input channels of no weight into groups: they have {inputs[:8]}; "
                 "choose a divisor of them, or bits_per='channel'"
+            )
+        if settings.sensitivity == "absolute" and not scores.absolute:
+            raise ValueError(
+                "sensitivity='absolute' needs the mean absolute relevance of every weight, which the scores do not "
+                "have: add Scoring(statistics=('rms', 'absolute')), with criterion 'lrp' or 'deeplift', or return it "
+                "from your own criterion"
+            )
+        every = [len(each) for each in scores.score.values()]
+        if settings.codebook_channels is not None and all(
+            block_count(count, settings.codebook_channels) == 1 for count in every
+        ):
+            raise ValueError(
+                f"codebook_channels={settings.codebook_channels} cuts the output channels of no weight into blocks: "
+                f"they have {sorted(set(every))[:8]}; choose a divisor of them, or leave it out"
             )
         unknown = [] if settings.sensitivity == "error" else [name for name in scores.unknown if name not in fixed]
         sizes = {name: tensor.numel() for name, tensor in scores.score.items()}

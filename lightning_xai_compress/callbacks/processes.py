@@ -67,6 +67,7 @@ class Processes:
             score=mean(scores.score),
             relevance=mean(scores.relevance),
             sensitivity=mean(scores.sensitivity),
+            absolute=mean(scores.absolute),
         )
 
     def number(self, value: float | Tensor | None) -> float | None:

@@ -11,7 +11,7 @@ from lightning_xai_compress.quantization import BitsPer, Quantizer, Strategy, ch
 
 __all__ = ["Quantization", "Sensitivity"]
 
-Sensitivity = Literal["relevance", "fisher", "error"]
+Sensitivity = Literal["relevance", "absolute", "fisher", "error"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,14 @@ class Quantization:
         group_size: Input channels of a group, >= 1; for "group" alone. Weights whose input channels it does not
             divide keep one group a channel.
         sensitivity: What a unit of squared error costs: "relevance" (mean square of R / w, by the criterion of the
-            fit), "fisher" (mean square of the gradient of a sample, for which one more pass is made) or "error" (the
-            same for all weights; no pass is made).
+            fit), "absolute" (mean of abs(R), whatever the weight is; needs Scoring(statistics=("rms", "absolute"))),
+            "fisher" (mean square of the gradient of a sample, for which one more pass is made) or "error" (the same for
+            all weights; no pass is made).
         quantizer: "uniform": codes times the scale of a row. "codebook": weights of a layer share 2^bits - 1 values,
             zero among them (15 for 4 bits), found by k-means weighted by `sensitivity`; in training each moves with the
             mean of its weights. For bits_per="layer" alone.
+        codebook_channels: Output channels that share a codebook, >= 1; None: all of a layer, as in layers whose
+            channels it does not divide. For quantizer="codebook".
         widths: Layers that have no choice: shell-style patterns of layer or parameter names, each with a width in
             2..8, which need not be among `bits`; the first match wins. They count in the budget.
 
@@ -47,6 +50,7 @@ class Quantization:
     group_size: int | None = None
     sensitivity: Sensitivity = "relevance"
     quantizer: Quantizer = "uniform"
+    codebook_channels: int | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,8 +60,10 @@ class Quantization:
             raise ValueError(f"strategy must be 'knapsack' or 'ranked', got {self.strategy!r}")
         if self.bits_per not in ("layer", "channel", "group"):
             raise ValueError(f"bits_per must be 'layer', 'channel' or 'group', got {self.bits_per!r}")
-        if self.sensitivity not in ("relevance", "fisher", "error"):
-            raise ValueError(f"sensitivity must be 'relevance', 'fisher' or 'error', got {self.sensitivity!r}")
+        if self.sensitivity not in ("relevance", "absolute", "fisher", "error"):
+            raise ValueError(
+                f"sensitivity must be 'relevance', 'absolute', 'fisher' or 'error', got {self.sensitivity!r}"
+            )
         if self.quantizer not in ("uniform", "codebook"):
             raise ValueError(f"quantizer must be 'uniform' or 'codebook', got {self.quantizer!r}")
         if self.quantizer == "codebook" and (self.bits_per != "layer" or self.activations):
@@ -66,8 +72,17 @@ class Quantization:
                 f"bits_per='layer' and without activations, got bits_per={self.bits_per!r} and "
                 f"activations={self.activations!r}"
             )
+        if self.codebook_channels is not None:
+            if self.quantizer != "codebook":
+                raise ValueError(
+                    f"codebook_channels={self.codebook_channels!r} needs quantizer='codebook', got {self.quantizer!r}"
+                )
+            if check_number("codebook_channels", self.codebook_channels, whole=True) < 1:
+                raise ValueError(f"codebook_channels must be >= 1, got {self.codebook_channels}")
         if self.strategy == "ranked" and self.sensitivity == "error":
             raise ValueError("strategy='ranked' ranks by relevance, which sensitivity='error' does without: drop one")
+        if self.strategy == "ranked" and self.sensitivity == "absolute":
+            raise ValueError("strategy='ranked' goes by relevance itself: use sensitivity='relevance' or 'fisher'")
         if (self.bits_per == "group") != (self.group_size is not None):
             raise ValueError(
                 f"bits_per='group' needs a group_size, and nothing else has one: got bits_per={self.bits_per!r} and "

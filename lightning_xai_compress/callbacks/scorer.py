@@ -128,6 +128,7 @@ class Scorer:
         batches = calibration_batches(self._trainer, samples=1, seed=self.settings.seed)
         try:
             # the margin: logits may all be negative before training
-            return self.score(batches, seed=self.settings.seed, explain="margin", statistics=("rms",))
+            asked = [each for each in self.settings.statistics if each != "standard_error"]  # of a single batch
+            return self.score(batches, seed=self.settings.seed, explain="margin", statistics=asked)
         except NonFiniteError as error:
             raise NonFiniteError(f"relevance is not finite before the first batch: {error}") from error

@@ -348,6 +348,7 @@ class Session:
                 "score": dict(self.scores.score),
                 "relevance": dict(self.scores.relevance),
                 "sensitivity": dict(self.scores.sensitivity),
+                "absolute": dict(self.scores.absolute),
                 "standard_error": dict(self.scores.standard_error),
                 "batches": self.scores.batches,
                 "samples": self.scores.samples,

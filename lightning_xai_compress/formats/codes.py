@@ -41,7 +41,7 @@ def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor, codebo
         weight: Weight, one channel per index of the first dimension.
         scale: Step of each row, shape [rows], >= 0; codes of a row of step 0 are 0.
         bits: Width of each row, shape [rows]; see `plan.by_rows`.
-        codebook: The values that the layer shares, in place of the grid.
+        codebook: The values that the layer shares, in place of the grid, see `CompressionPlan`.
 
     Returns:
         int8 tensor in the shape of the weight, on the CPU.
@@ -70,17 +70,18 @@ def integer_codes(name: str, weight: Tensor, scale: Tensor, bits: Tensor, codebo
 
 
 def _shared_codes(name: str, weight: Tensor, codebook: Tensor) -> Tensor:
-    values = codebook.to(weight.dtype)
-    zero = len(values) // 2
-    places = torch.searchsorted(values, weight.contiguous()).clamp(max=len(values) - 1)
-    places = torch.where(weight == 0, zero, places)
-    off = values[places] != weight
+    values = codebook.to(weight.dtype).contiguous()
+    blocks = weight.reshape(len(values), -1).contiguous()
+    last = values.shape[1] - 1
+    places = torch.searchsorted(values, blocks).clamp(max=last)
+    places = torch.where(blocks == 0, last // 2, places)
+    off = values.gather(1, places) != blocks
     if off.any():
         raise ArtifactError(
             f"{name} does not lie on its codebook: {int(off.sum())} of {off.numel()} weights have none of its "
-            f"{len(values)} values. Write the quantized values that the plan describes into the model, then save it"
+            f"{last + 1} values. Write the quantized values that the plan describes into the model, then save it"
         )
-    return (places - zero).to(torch.int8)
+    return (places - last // 2).to(torch.int8).reshape(weight.shape)
 
 
 def _rows(name: str, weight: Tensor, scale: Tensor, bits: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class Entry:
         alias: Position of an earlier key that shares its tensor.
         half: Whether its numbers in `rest` are float16, which holds them exactly.
         groups: Of input channels in each output channel, each with a width and a scale of its own.
-        codebook: Values that the weights share, each exact in bfloat16; none where there is a grid.
+        codebooks: Values that the weights of each block of channels share, each exact in bfloat16; none where there is
+            a grid.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Entry:
     alias: int | None = None
     half: bool = False
     groups: int = 1
-    codebook: tuple[float, ...] = ()
+    codebooks: tuple[tuple[float, ...], ...] = ()
 
     @property
     def numel(self) -> int:
@@ -147,7 +148,7 @@ def write_codebook(values: Sequence[float]) -> str:
     return "".join(f"{pattern & 0xFFFF:04x}" for pattern in patterns.tolist())
 
 
-def read_codebook(text: str) -> tuple[float, ...]:
+def read_codebook(text: object) -> tuple[float, ...]:
     """Undo `write_codebook`.
 
     Raises:

@@ -111,7 +111,7 @@ def _linear_weights(file: PackedFile, model: nn.Module) -> dict[str, nn.Linear]:
             continue
         if "weight" in module._parameters and name in kinds:
             entry = kinds[stored[name]]
-            if entry.kind == CODES and not entry.codebook and entry.dtype in _INTEGER_DTYPES:
+            if entry.kind == CODES and not entry.codebooks and entry.dtype in _INTEGER_DTYPES:
                 able[name] = module
     own = model.state_dict()
     in_model = dict(zip(own, sharing(own), strict=True))

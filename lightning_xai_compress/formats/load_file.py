@@ -172,7 +172,7 @@ def _weight(entry: Entry, block: entropy.Block, as_integers: bool) -> Decoded:
     codes = torch.from_numpy(block.values)
     scales = torch.from_numpy(block.scales.view(np.int16)).view(torch.bfloat16).float()
     values = codes
-    if entry.codebook:
+    if entry.codebooks:
         values = _shared(entry, codes)
     elif not as_integers:
         values = torch.empty(codes.shape, dtype=entry.dtype)
@@ -184,15 +184,17 @@ def _weight(entry: Entry, block: entropy.Block, as_integers: bool) -> Decoded:
 
 
 def _shared(entry: Entry, codes: Tensor) -> Tensor:
-    """Values of a codebook, piece by piece."""
-    codebook = torch.tensor(entry.codebook)
-    if codes.numel() and int(codes.short().abs().max()) > len(codebook) // 2:
-        raise ValueError(f"{entry.name} has codes beyond its codebook of {len(codebook)} values")
+    """Values of codebooks, piece by piece."""
+    count = len(entry.codebooks[0])
+    if codes.numel() and int(codes.short().abs().max()) > count // 2:
+        raise ValueError(f"{entry.name} has codes beyond its codebook of {count} values")
     values = torch.empty(codes.shape, dtype=entry.dtype)
+    block = len(codes) // len(entry.codebooks)
     rows = max(1, _PIECE // codes.shape[1])
-    for start in range(0, len(codes), rows):
-        piece = slice(start, start + rows)
-        values[piece] = look_up(codes[piece], codebook).to(entry.dtype)
+    for at, numbers in enumerate(torch.tensor(entry.codebooks)):
+        for start in range(at * block, (at + 1) * block, rows):
+            piece = slice(start, min(start + rows, (at + 1) * block))
+            values[piece] = look_up(codes[piece], numbers[None]).to(entry.dtype)
     return values
 
 
@@ -281,12 +283,12 @@ def _read_entry(version: int, name: str, dtype: str, shape: list[int], kind: int
         raise ValueError(f"{name} has shape {shape}")
     if type(kind) is not int or kind not in (RAW, CODES, BITMAP):
         raise ValueError(f"{name} has kind {kind}")
-    codebook: tuple[float, ...] = ()
-    if version > 2 and kind == CODES and more and isinstance(more[0], str):
-        codebook, more = read_codebook(more[0]), more[1:]
+    codebooks: tuple[tuple[float, ...], ...] = ()
+    if version > 2 and kind == CODES and more and isinstance(more[0], str | list):
+        codebooks, more = _codebooks(name, shape, more[0]), more[1:]
     groups = _groups(name, shape, *more) if version > 1 and kind == CODES and more else 1
     held = more if groups == 1 else ()
-    entry = Entry(name, DTYPES[dtype], tuple(shape), kind, half=bool(held), groups=groups, codebook=codebook)
+    entry = Entry(name, DTYPES[dtype], tuple(shape), kind, half=bool(held), groups=groups, codebooks=codebooks)
     if kind != RAW and not (shape and entry.numel):
         raise ValueError(f"{name} of shape {shape} cannot be coded")
     if kind == CODES and entry.dtype not in CODE_DTYPES:
@@ -294,6 +296,18 @@ def _read_entry(version: int, name: str, dtype: str, shape: list[int], kind: int
     if held and (held != ("float16",) or kind == CODES or entry.dtype not in HALF_DTYPES):
         raise ValueError(f"{name} of {dtype} and kind {kind} cannot be held as {held}")
     return entry
+
+
+def _codebooks(name: str, shape: list[int], texts: str | list[object]) -> tuple[tuple[float, ...], ...]:
+    """One for the whole tensor, or as many as blocks of its channels."""
+    if isinstance(texts, str):
+        return (read_codebook(texts),)
+    if len(texts) < 2 or not shape or shape[0] % len(texts):
+        raise ValueError(f"{name} of shape {shape} has {len(texts)} codebooks")
+    found = tuple(read_codebook(text) for text in texts)
+    if len({len(each) for each in found}) > 1:
+        raise ValueError(f"{name} has codebooks of different lengths")
+    return found
 
 
 def _groups(name: str, shape: list[int], groups: object) -> int:

@@ -102,14 +102,20 @@ def _share_input(
 
     types = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
     integers, places, values = f"{name}.int{width}", f"{name}.places", f"{name}.codebook"
-    zero = len(codebook) // 2
-    # negative places count from the end, so that codes are places as they are
-    turned = torch.cat([codebook[zero:], codebook[:zero]]).detach().cpu().float().contiguous()
+    blocks, count = codebook.shape
+    # negative places count from the end, so that codes of the first block are places as they are
+    turned = codebook.detach().cpu().float().flatten().roll(-(count // 2))
     scale = scale.detach().cpu().float()
     graph.initializer.append(_tensor(integers, types[width], codes, pack_codes(codes, width).tobytes()))
     graph.initializer.append(_tensor(values, TensorProto.FLOAT, turned, turned.numpy().tobytes()))
-    nodes = [
-        helper.make_node("Cast", [integers], [places], name=places, to=TensorProto.INT32),
+    nodes = [helper.make_node("Cast", [integers], [places], name=places, to=TensorProto.INT32)]
+    if blocks > 1:
+        starts = torch.arange(blocks, dtype=torch.int32).mul(count).repeat_interleave(len(codes) // blocks)
+        starts = starts.view(-1, *[1] * (codes.dim() - 1))
+        graph.initializer.append(_tensor(f"{name}.starts", TensorProto.INT32, starts, starts.numpy().tobytes()))
+        nodes.append(helper.make_node("Add", [places, f"{name}.starts"], [f"{places}.all"], name=f"{places}.all"))
+        places = f"{places}.all"
+    nodes += [
         helper.make_node("Gather", [values, places], [f"{name}.shared"], name=f"{name}.shared", axis=0),
     ]
     if not torch.equal(scale, torch.ones_like(scale)):

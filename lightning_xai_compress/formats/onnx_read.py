@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_onnx"]
 
-_DECODING = {"Cast", "Concat", "DequantizeLinear", "Gather", "Mul", "Reshape"}
+_DECODING = {"Add", "Cast", "Concat", "DequantizeLinear", "Gather", "Mul", "Reshape"}
 
 
 def read_onnx(path: Path) -> Contents:
@@ -107,6 +107,8 @@ def _compute(node: Any, inputs: list[NDArray[Any]]) -> NDArray[Any]:
         return np.take(inputs[0], inputs[1], axis)
     if node.op_type == "Reshape":
         return inputs[0].reshape(inputs[1])
+    if node.op_type == "Add":
+        return np.asarray(inputs[0] + inputs[1])
     if node.op_type == "Mul":
         product: NDArray[Any] = inputs[0] * inputs[1]
         return product

@@ -165,7 +165,7 @@ def _pack(model: nn.Module, plan: CompressionPlan) -> tuple[bytes, PackedSize]:
         "versions": _versions(),
     }
     version = 2 if any(entry.groups > 1 for entry in parts.entries) else 1
-    version = 3 if any(entry.codebook for entry in parts.entries) else version
+    version = 3 if any(entry.codebooks for entry in parts.entries) else version
     data = container.write_container(
         {"stream": encoded.words, "rest": rest, "index": container.write_json(index)}, version=version
     )
@@ -186,8 +186,9 @@ def _row(entry: Entry) -> list[Any]:
     if entry.alias is not None:
         return [entry.name, entry.alias]
     row = [entry.name, str(entry.dtype).removeprefix("torch."), entry.shape, entry.kind]
-    if entry.codebook:
-        return [*row, write_codebook(entry.codebook)]
+    if entry.codebooks:
+        texts = [write_codebook(each) for each in entry.codebooks]
+        return [*row, texts if len(texts) > 1 else texts[0]]
     if entry.groups > 1:
         return [*row, entry.groups]
     return [*row, "float16"] if entry.half else row

@@ -79,8 +79,8 @@ def split(model: nn.Module, plan: CompressionPlan) -> Parts:
             codebook = plan.codebooks.get(planned)
             parts.blocks.append(_codes(planned, weight, quantized[planned], plan.scales[planned], codebook))
             groups = len(quantized[planned]) // len(weight)
-            shared = () if codebook is None else tuple(codebook.tolist())
-            parts.entries.append(Entry(key, weight.dtype, shape, CODES, groups=groups, codebook=shared))
+            shared = () if codebook is None else tuple(map(tuple, codebook.tolist()))
+            parts.entries.append(Entry(key, weight.dtype, shape, CODES, groups=groups, codebooks=shared))
             continue
         kind, numbers = RAW, weight.reshape(-1)
         if any(name in plan.mask.keep for name in names) and weight.dim():

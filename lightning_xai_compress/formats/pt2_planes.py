@@ -168,9 +168,10 @@ def read_weight(
     values = torch.from_numpy(codes).float()
     if "codebook" in buffers:
         codebook = torch.from_numpy(buffers["codebook"].view(np.int16)).view(torch.bfloat16).float()
-        if codes.size and int(np.abs(codes).max()) > len(codebook) // 2:
-            raise ValueError(f"codes beyond a codebook of {len(codebook)} values")
-        values = look_up(values, codebook)
+        count = 2 ** groups[0][0] - 1
+        if len(groups) > 1 or not len(codebook) or len(codebook) % count or rows % (len(codebook) // count):
+            raise ValueError(f"codebooks of {len(codebook)} values in all for {rows} rows of widths {dict(groups)}")
+        values = look_up(values, codebook.view(-1, count))
     return (values * scales[:, None]).to(dtype).reshape(tuple(shape))
 
 

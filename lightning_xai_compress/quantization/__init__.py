@@ -9,6 +9,7 @@ from lightning_xai_compress.quantization.allocation import (
     Strategy,
     WidthCosts,
     allocate_bits,
+    block_count,
     measure_widths,
     row_count,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Strategy",
     "WidthCosts",
     "allocate_bits",
+    "block_count",
     "check_bits",
     "check_widths",
     "fake_quantize",

@@ -31,6 +31,7 @@ __all__ = [
     "row_count",
 ]
 
+_VALUE_BITS = 16  # of a codebook, in files
 Strategy = Literal["knapsack", "ranked"]
 BitsPer = Literal["layer", "channel", "group"]
 Quantizer = Literal["uniform", "codebook"]
@@ -158,13 +159,14 @@ def allocate_bits(
     widths: Mapping[str, int] | None = None,
     price: Price | None = None,
     quantizer: Quantizer = "uniform",
+    codebook_channels: int | None = None,
 ) -> Allocated:
     """Spend a budget of bits or bytes where it saves the most relevance.
 
     Minimises the sum over weights of sensitivity times squared quantization error, or shares widths out by rank.
 
     Args:
-        weights, scores, bits, bits_per, group_size, widths, price, quantizer: See `measure_widths`.
+        weights, scores, bits, bits_per, group_size, widths, price, quantizer, codebook_channels: See `measure_widths`.
         average_bits, max_bytes, strategy: See `WidthCosts.choose`.
 
     Raises:
@@ -173,7 +175,7 @@ def allocate_bits(
     check_bits(bits, average_bits, (widths or {}).values())
     costs = measure_widths(
         weights, scores, bits=bits, bits_per=bits_per, group_size=group_size, widths=widths, price=price,
-        quantizer=quantizer,
+        quantizer=quantizer, codebook_channels=codebook_channels,
     )  # fmt: skip
     return costs.choose(average_bits, max_bytes=max_bytes, strategy=strategy)
 
@@ -188,6 +190,7 @@ def measure_widths(
     widths: Mapping[str, int] | None = None,
     price: Price | None = None,
     quantizer: Quantizer = "uniform",
+    codebook_channels: int | None = None,
 ) -> WidthCosts:
     """Fit scales at every width, and see what errors they leave.
 
@@ -204,6 +207,8 @@ def measure_widths(
             parameter name) that all weights have at a width; called once a width. None: width times weights.
         quantizer: "uniform": a grid with a scale for each row. "codebook": 2^bits - 1 values that a layer shares, from
             k-means weighted by sensitivity, see `fit_codebook`; with bits_per="layer" alone.
+        codebook_channels: Output channels that share a codebook; None, or where it does not divide those of a layer:
+            all of them.
 
     Raises:
         ValueError: A setting out of range, or a pattern that matches nothing.
@@ -229,7 +234,7 @@ def measure_widths(
             unknown.add(name)
     allowed = {name: offered if name not in unknown else offered[-1:] for name in rows}
     allowed |= {name: (width,) for name, width in fixed.items()}
-    table = _Table(rows, every, shared=quantizer == "codebook")
+    table = _Table(rows, every, codebook_channels, shared=quantizer == "codebook")
     for column, width in enumerate(every):
         measured = [name for name in rows if width in allowed[name]]
         for name in measured:
@@ -255,12 +260,29 @@ def row_count(weight: Tensor, group_size: int | None = None) -> int:
     return len(weight) * (weight.shape[1] // group_size)
 
 
+def block_count(channels: int, codebook_channels: int | None) -> int:
+    """How many codebooks so many channels have.
+
+    Raises:
+        ValueError: Not one channel for a codebook.
+    """
+    if codebook_channels is not None and codebook_channels < 1:
+        raise ValueError(f"codebook_channels must be >= 1, got {codebook_channels}")
+    return 1 if codebook_channels is None or channels % codebook_channels else channels // codebook_channels
+
+
 class _Table:
     """Costs, prices and scales of all rows, as they are measured."""
 
-    def __init__(self, rows: Mapping[str, Tensor], widths: tuple[int, ...], *, shared: bool) -> None:
+    def __init__(
+        self, rows: Mapping[str, Tensor], widths: tuple[int, ...], codebook_channels: int | None, *, shared: bool
+    ) -> None:
         self.rows, self.widths = rows, widths
-        self.codebooks = {name: [own.new_zeros(2**width - 1).float() for width in widths] for name, own in rows.items()}
+        self.blocks = {name: block_count(len(own), codebook_channels) for name, own in rows.items()}
+        self.codebooks = {
+            name: [own.new_zeros(self.blocks[name], 2**width - 1).float() for width in widths]
+            for name, own in rows.items()
+        }
         self._shared = shared
         self.row_size = {name: own[0].numel() for name, own in rows.items()}
         shape = {name: (len(own), len(widths)) for name, own in rows.items()}
@@ -273,7 +295,8 @@ class _Table:
         if self._shared:
             rows = self.rows[name].float()
             weighing = sensitivity if sensitivity is not None and sensitivity.dim() else None
-            self.codebooks[name][column] = codebook = fit_codebook(rows, self.widths[column], weighing)
+            codebook = fit_codebook(rows, self.widths[column], weighing, blocks=self.blocks[name])
+            self.codebooks[name][column] = codebook
             squared = look_up(nearest_codes(rows, codebook), codebook).sub_(rows).square_()
             scale = torch.ones(len(rows), device=rows.device)
         else:
@@ -291,7 +314,8 @@ class _Table:
             return
         prices = price({name: self._codes(name, column) for name in names}, width)
         for name in names:
-            self.price[name][:, column] = prices[name].to(self.price[name])
+            held = self.codebooks[name][column].numel() * _VALUE_BITS if self._shared else 0
+            self.price[name][:, column] = prices[name].to(self.price[name]) + held / len(self.rows[name])
 
     def _codes(self, name: str, column: int) -> Tensor:
         if self._shared:

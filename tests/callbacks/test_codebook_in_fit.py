@@ -1,5 +1,7 @@
 """Layers that share values: in a fit, in every file, and under a budget."""
 
+from dataclasses import replace
+
 import onnxruntime
 import pytest
 import torch
@@ -10,6 +12,7 @@ from lightning_xai_compress import (
     MixedPrecision,
     Pruning,
     Quantization,
+    Scoring,
     load_compressed,
 )
 from lightning_xai_compress.callbacks.checkpoint import plan_of
@@ -89,15 +92,27 @@ def test_values_move_with_their_weights_and_pruned_ones_stay_zero(tmp_path):
         assert torch.isin(weight.unique(), seen[-1][name]).all()
 
 
-@pytest.mark.parametrize("sensitivity", ["relevance", "fisher", "error"])
+@pytest.mark.parametrize("sensitivity", ["relevance", "absolute", "fisher", "error"])
 def test_what_k_means_is_weighted_by_changes_the_values(tmp_path, sensitivity):
     quantization = Quantization(quantizer="codebook", bits_per="layer", sensitivity=sensitivity)
-    run = shared(tmp_path, quantization=quantization)
+    seen = []
+
+    class Watch(MixedPrecision):
+        def choose(self, session, scores, weights, average_bits):
+            seen.append(scores)
+            return super().choose(session, scores, weights, average_bits)
+
+    run = shared(tmp_path, quantization=quantization, scoring=Scoring(samples=64, statistics=("rms", "absolute")))
+    run._precision = Watch(average_bits=4.0, bits=(4,), start=0.6, quantization=quantization)
 
     model, _ = fit(tmp_path, [run])
 
-    latent = run.session.latent
-    assert bool(latent._importance) == (sensitivity != "error")
+    importance = run.session.latent._importance
+    assert bool(importance) == (sensitivity != "error")
+    (scores,) = seen
+    for kind in ("sensitivity", "absolute") if scores is not None else ():
+        same = all(torch.equal(importance[name], each) for name, each in getattr(scores, kind).items())
+        assert same == (sensitivity == {"sensitivity": "relevance"}.get(kind, kind))
     assert len(model.head.weight.unique()) <= 15
 
 
@@ -113,17 +128,56 @@ def test_more_relevance_gets_more_values_under_a_budget(tmp_path):
     assert all(torch.equal(loaded[name], each) for name, each in model.state_dict().items())
 
 
-@pytest.mark.parametrize("epochs", [5, 7])
-def test_a_resumed_fit_ends_with_the_same_values(tmp_path, epochs):
-    whole, _ = fit(tmp_path / "whole", [shared(tmp_path / "whole")])
+@pytest.mark.parametrize(("epochs", "channels"), [(5, None), (7, None), (7, 4)])
+def test_a_resumed_fit_ends_with_the_same_values(tmp_path, epochs, channels):
+    settings = {"quantization": replace(CODEBOOK, codebook_channels=channels)}
+    whole, _ = fit(tmp_path / "whole", [shared(tmp_path / "whole", **settings)])
     checkpoint = tmp_path / "part.ckpt"
-    fit(tmp_path / "part", [shared(tmp_path / "part"), Stop(epochs, checkpoint)])
+    fit(tmp_path / "part", [shared(tmp_path / "part", **settings), Stop(epochs, checkpoint)])
 
-    resumed, _ = fit(tmp_path / "again", [shared(tmp_path / "again")], ckpt_path=checkpoint)
+    resumed, _ = fit(tmp_path / "again", [shared(tmp_path / "again", **settings)], ckpt_path=checkpoint)
 
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     plan = plan_of(torch.load(checkpoint, weights_only=False))
     assert plan.codebooks.keys() == plan.allocation.bits.keys()
+
+
+def test_blocks_of_channels_have_values_of_their_own_in_every_format(tmp_path):
+    quantization = replace(CODEBOOK, codebook_channels=2)
+    run = shared(
+        tmp_path, quantization=quantization, bits=(3,), average_bits=3.0, formats=["safetensors", "onnx", "pt2"]
+    )
+
+    model, _ = fit(tmp_path, [run])
+
+    weight = model.second.weight.detach()
+    assert all(len(block.unique()) <= 7 for block in weight.split(2))
+    assert len(weight.unique()) > 7
+    loaded = load_compressed(tmp_path / "model.safetensors", ToyNet())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    x = Corners().data.tensors[0]
+    expected = model.eval()(x).detach()
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(x).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "quantization", "text"),
+    [
+        ({"structure": "channel"}, {"codebook_channels": 4}, "blocks would not be whole any more once channels go"),
+        ({}, {"codebook_channels": 3}, r"cuts the output channels of no weight into blocks: they have \[4, 8\]"),
+        ({}, {"sensitivity": "absolute"}, r"add Scoring\(statistics=\('rms', 'absolute'\)\)"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_training(tmp_path, settings, quantization, text):
+    model = ToyNet()
+
+    with pytest.raises(ValueError, match=text):
+        fit(tmp_path, [shared(tmp_path, quantization=replace(CODEBOOK, **quantization), **settings)], model)
+    assert model.losses == []
 
 
 def test_it_goes_together_with_channels_and_a_merged_batchnorm(tmp_path):
@@ -155,6 +209,12 @@ def test_it_goes_together_with_channels_and_a_merged_batchnorm(tmp_path):
             {"quantizer": "codebook", "bits_per": "layer", "activations": "int8"},
             "without activations, got bits_per='layer' and activations='int8'",
         ),
+        ({"codebook_channels": 4}, "codebook_channels=4 needs quantizer='codebook', got 'uniform'"),
+        (
+            {"quantizer": "codebook", "bits_per": "layer", "codebook_channels": 0},
+            "codebook_channels must be >= 1, got 0",
+        ),
+        ({"strategy": "ranked", "sensitivity": "absolute"}, "goes by relevance itself: use sensitivity='relevance'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, text):

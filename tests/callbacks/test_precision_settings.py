@@ -238,7 +238,7 @@ def test_a_fisher_pass_that_fails_leaves_the_weights_as_they_are(tmp_path, monke
     [
         ({"strategy": "rank"}, "strategy must be 'knapsack' or 'ranked', got 'rank'"),
         ({"bits_per": "row"}, "bits_per must be 'layer', 'channel' or 'group', got 'row'"),
-        ({"sensitivity": "hessian"}, "sensitivity must be 'relevance', 'fisher' or 'error', got 'hessian'"),
+        ({"sensitivity": "hessian"}, "sensitivity must be 'relevance', 'absolute', 'fisher' or 'error', got 'hessian'"),
         ({"bits_per": "group"}, "bits_per='group' needs a group_size, .* group_size=None"),
         ({"group_size": 8}, "nothing else has one: got bits_per='channel' and group_size=8"),
         ({"bits_per": "group", "group_size": 0}, "group_size must be >= 1, got 0"),

@@ -57,10 +57,10 @@ def golden_grouped():
     return model, CompressionPlan(Mask({}), BitAllocation(bits, sizes), scales)
 
 
-SHARED = {  # shape, width, type
-    "few.weight": ((6, 4, 3), 2, torch.float32),
-    "some.weight": ((5, 21), 4, torch.float16),
-    "many.weight": ((7, 60), 8, torch.float32),
+SHARED = {  # shape, width, blocks of channels, type
+    "few.weight": ((6, 4, 3), 2, 3, torch.float32),
+    "some.weight": ((5, 21), 4, 1, torch.float16),
+    "many.weight": ((7, 60), 8, 1, torch.float32),
 }
 
 
@@ -69,14 +69,16 @@ def golden_shared():
     model, plan = golden_grouped()
     bits, sizes = dict(plan.allocation.bits), dict(plan.allocation.channel_size)
     scales, codebooks = dict(plan.scales), {}
-    for salt, (name, (shape, width, dtype)) in enumerate(SHARED.items()):
+    for salt, (name, (shape, width, blocks, dtype)) in enumerate(SHARED.items()):
         codes, widths, _ = coded(shape, (width,), salt)
         places = np.arange(1, 2 ** (width - 1))
         above, below = (places + places // 2) / 64, -(places + places // 3) / 64  # bfloat16 holds all of them
-        codebooks[name] = torch.from_numpy(np.concatenate([below[::-1], [0.0], above])).float()
+        first = torch.from_numpy(np.concatenate([below[::-1], [0.0], above])).float()
+        codebooks[name] = torch.stack([first * 2.0**block for block in range(blocks)])
         bits[name], scales[name], sizes[name] = widths.to(torch.uint8), torch.ones(shape[0]), codes.shape[1]
         part = nn.Module()
-        values = codebooks[name][codes + len(places)].to(dtype).view(shape)
+        block = torch.arange(shape[0]).unsqueeze(1) * blocks // shape[0]
+        values = codebooks[name][block, codes + len(places)].to(dtype).view(shape)
         part.weight = nn.Parameter(values, requires_grad=False)
         model.add_module(name.split(".")[0], part)
     return model, CompressionPlan(Mask({}), BitAllocation(bits, sizes), scales, codebooks=codebooks)

@@ -91,8 +91,9 @@ def read_stream(words, index):
         if len(row) == 2 or row[3] == 0:
             continue
         name, dtype, shape, kind = row[:4]
-        codebook = row[4] if kind == 1 and len(row) == 5 and isinstance(row[4], str) else ""
-        rows = shape[0] * (row[4] if kind == 1 and len(row) == 5 and not codebook else 1)
+        more = row[4] if kind == 1 and len(row) == 5 else 1
+        codebooks = [] if isinstance(more, int) else [more] if isinstance(more, str) else more
+        rows = shape[0] * (1 if codebooks else more)
         columns = math.prod(shape) // rows
         label = [contexts.decode(coder) for _ in range(rows)]
         contexts.fade()
@@ -115,10 +116,11 @@ def read_stream(words, index):
             bits = top * 16 + bottom - 128 * index["contexts"][label[i]][0]
             scale = np.array([bits << 16], np.uint32).view(np.float32)[0]
             weights[i] = matrix[i].astype(np.float32) * scale
-        if codebook:
+        block = rows // max(1, len(codebooks))
+        for start, codebook in zip(range(0, rows, block), codebooks, strict=False):
             numbers = [int(codebook[at : at + 4], 16) << 16 for at in range(0, len(codebook), 4)]
             numbers = np.array([0, *numbers], np.uint32).view(np.float32)  # from zero's place on, then those before it
-            weights = numbers[matrix]  # negative places count from the end
+            weights[start : start + block] = numbers[matrix[start : start + block]]  # negative ones count from the end
         coded[name] = rounded(weights.reshape(-1) + np.float32(0), dtype)
     assert coder.is_empty()
     return coded, bitmaps

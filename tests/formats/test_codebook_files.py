@@ -32,15 +32,15 @@ def cnn(dtype=torch.float32):
     return net.eval()
 
 
-def shared(model, widths=(4, 2, 8)):
-    """Prune half, give each layer a codebook of the next width, and write its values into the model."""
+def shared(model, widths=(4, 2, 8), blocks=(1, 1, 1)):
+    """Prune half, give each layer codebooks of the next width, and write their values into the model."""
     bits, scales, codebooks, sizes, keep = {}, {}, {}, {}, {}
     layers = [(name, weight) for name, weight in model.named_parameters() if weight.dim() > 1]
     for at, (name, weight) in enumerate(layers):
         width = widths[at % len(widths)]
         keep[name] = torch.rand_like(weight.float()) > 0.5
         values = (weight.detach() * keep[name]).float()
-        codebooks[name] = fit_codebook(values, width)
+        codebooks[name] = fit_codebook(values, width, blocks=blocks[at % len(blocks)])
         bits[name] = torch.full((len(weight),), width, dtype=torch.uint8)
         scales[name], sizes[name] = torch.ones(len(weight)), weight[0].numel()
         with torch.no_grad():
@@ -55,10 +55,14 @@ def version(data):
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(3))
 
 
+each_blocks = pytest.mark.parametrize("blocks", [(1, 1, 1), (4, 2, 5)], ids=["layer", "blocks"])
+
+
+@each_blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_a_packed_file_gives_the_values_back(tmp_path, dtype):
+def test_a_packed_file_gives_the_values_back(tmp_path, dtype, blocks):
     model = cnn(dtype)
-    plan = shared(model)
+    plan = shared(model, blocks=blocks)
     data = pack(model, plan)
     (tmp_path / "m").write_bytes(data)
 
@@ -73,15 +77,35 @@ def test_a_packed_file_gives_the_values_back(tmp_path, dtype):
     assert size.total == len(data) == size.payload + size.scales + size.rest + size.metadata
 
 
-def test_a_reader_written_from_the_documentation_agrees():
+@each_blocks
+def test_a_reader_written_from_the_documentation_agrees(blocks):
     model = cnn()
-    tensors, index = read(pack(model, shared(model)))
+    tensors, index = read(pack(model, shared(model, blocks=blocks)))
 
     for name, tensor in model.state_dict().items():
         dtype, shape, content = tensors[name]
         assert (f"torch.{dtype}", shape) == (str(tensor.dtype), tuple(tensor.shape))
         assert content == (tensor + 0.0 if tensor.is_floating_point() else tensor).contiguous().numpy().tobytes(), name
-    assert sum(len(row) == 5 and isinstance(row[4], str) and row[3] == 1 for row in index["tensors"]) == 3
+    held = [row[4] for row in index["tensors"] if len(row) == 5 and row[3] == 1]
+    assert [1 if isinstance(each, str) else len(each) for each in held] == [*blocks]
+
+
+@pytest.mark.parametrize(
+    "forged", [[], ["3f80bf80"], ["3f80bf80"] * 4, ["3f80bf80", "3f804000c000bf80"], ["3f80bf80", 1]]
+)
+def test_codebooks_that_do_not_fit_the_channels_are_refused(tmp_path, forged):
+    model = cnn()
+    data = pack(model, shared(model, blocks=(1, 2, 1)))
+
+    def change(index):
+        row = next(row for row in index["tensors"] if row[0] == "3.weight")
+        assert [len(each) for each in row[4]] == [8, 8]
+        row[4] = forged
+
+    (tmp_path / "m").write_bytes(reseal(data, change))
+
+    with pytest.raises(ArtifactError, match="is damaged"):
+        load_compressed(tmp_path / "m")
 
 
 def test_integers_are_not_made_of_codebooks(tmp_path):
@@ -169,10 +193,11 @@ def test_weights_off_their_codebook_are_refused(tmp_path, write):
         write(model, plan, tmp_path / "m")
 
 
+@each_blocks
 @pytest.mark.parametrize("folded", [True, False])
-def test_onnxruntime_gathers_them(tmp_path, folded):
+def test_onnxruntime_gathers_them(tmp_path, folded, blocks):
     model = cnn()
-    plan = shared(model, widths=(4, 2, 8) if folded else (3, 6, 4))
+    plan = shared(model, widths=(4, 2, 8) if folded else (3, 6, 4), blocks=blocks)
     path = tmp_path / "m.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
