@@ -20,7 +20,8 @@ def round_to_float16(model: nn.Module, names_to_leave: Collection[str]) -> list[
     """Round the floating-point parameters and buffers of a state dict to values that float16 holds exactly.
 
     They keep their dtypes, and no value moves by more than 2^-11 of itself: a tensor in which one would (it becomes
-    infinite, zero, or subnormal with too few digits) stays as it is.
+    infinite, zero, or subnormal with too few digits) stays as it is. Biases are added to something, so that what counts
+    is their size together: no value of one moves by more than 2^-11 of its largest.
 
     Args:
         model: Changed in place.
@@ -50,7 +51,10 @@ def round_to_float16(model: nn.Module, names_to_leave: Collection[str]) -> list[
             continue
         finite = values.isfinite()
         error = (rounded.double() - values.double())[finite].abs()
-        wrong = error > _RELATIVE * values.double()[finite].abs()
+        sizes = values.double()[finite].abs()
+        if name.endswith("bias") and len(sizes):
+            sizes = sizes.max()
+        wrong = error > _RELATIVE * sizes
         if wrong.any():
             skipped.append(
                 Skipped(

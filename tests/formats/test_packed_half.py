@@ -144,6 +144,27 @@ def test_rounding_moves_no_value_by_more_than_half_a_step():
     assert moved
 
 
+def test_tiny_biases_do_not_keep_their_layer_from_float16():
+    model = Net()
+    tiny = torch.tensor([3e-8, -7e-6, 1e-10])
+    with torch.no_grad():
+        model.norm.bias.copy_(torch.linspace(-1, 0.7, 24))
+        model.norm.bias[:3] = model.norm.weight[:3] = tiny
+        model.conv.bias.fill_(1e-9)  # all of them: there is nothing next to which they would be small
+    norm, conv = model.norm.bias.clone(), model.conv.bias.clone()
+
+    skipped = round_to_float16(model, [])
+
+    assert {entry.name: entry.reason for entry in skipped} == {
+        "norm.weight": "3 of 24 values are too large or too small for float16: not rounded to it",
+        "conv.bias": f"{len(conv)} of {len(conv)} values are too large or too small for float16: not rounded to it",
+    }
+    assert torch.equal(model.norm.bias.half().float(), model.norm.bias)
+    assert not torch.equal(model.norm.bias, norm)
+    assert (model.norm.bias - norm).abs().max() <= 2**-11 * norm.abs().max()
+    assert torch.equal(model.conv.bias, conv)
+
+
 def test_rounding_twice_is_rounding_once():
     model = compressed()[0]
     round_to_float16(model, [])
