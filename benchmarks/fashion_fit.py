@@ -226,7 +226,7 @@ def train(
 
 def _evaluate(model: Any, recipe: Recipe) -> tuple[float, float]:
     """Accuracy in percent on validation and test images."""
-    trainer, data = trainer_of(recipe), Data(recipe, 0)
+    trainer, data = trainer_of(recipe), data_of(model, recipe, 0)
     val = trainer.validate(model, datamodule=data, verbose=False)[0]["val_acc"]
     return 100 * val, 100 * trainer.test(model, datamodule=data, verbose=False)[0]["test_acc"]
 
