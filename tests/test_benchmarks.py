@@ -109,13 +109,14 @@ def test_the_cost_of_a_step_is_measured_and_its_memory_keeps_its_limit(tmp_path)
 
 @pytest.mark.slow
 def test_channels_are_measured_by_what_the_files_hold(tmp_path):
-    content, told = quick("structured_bench", tmp_path / "structured.json")
+    content, told = quick("structured_bench", tmp_path / "structured.json", "--rounds", "3")
 
     assert content["checks"].keys() == content["limits"].keys() == STRUCTURED_CHECKS
     assert all(math.isfinite(each) for each in content["checks"].values())
     assert content["runs"].keys() == {f"cnn/{kind}/seed0" for kind in ("lrp", "torch_pruning", "combined")}
-    for figures in content["runs"].values():
-        assert 0.4 < figures["macs"] <= 0.5
+    for key, figures in content["runs"].items():
+        low, high = (0.25, 0.33) if "combined" in key else (0.4, 0.5)
+        assert low < figures["macs"] <= high
     assert content["checks"]["combined_reduction"] > 0.9
     assert all(name in told for name in STRUCTURED_CHECKS)
 
