@@ -17,8 +17,9 @@ from typing import Any
 from lightning_xai_compress.formats.onnx import OnnxModule
 from lightning_xai_compress.tables import table
 
+import fashion_fit
 from common import RESULTS, Results, environment
-from fashion_fit import data_of, fit_base, network, prepare, trainer_of
+from fashion_fit import fit_base, network, prepare
 from fashion_grid import FULL, QUICK, Recipe
 from fashion_tasks import CONTROL, DENSE, Base
 
@@ -26,7 +27,7 @@ __all__ = ["MODELS", "NOISE", "Case", "Study", "evaluate", "gain", "mean_of", "s
 
 NOISE = 0.3  # points that a difference has to exceed
 MODELS = ("cnn", "resnet", "pitch")
-PITCH = Recipe(
+PITCH = Recipe(  # rate by validation without compression: 99.5 % within 50 cents, 99.0 % with 0.001
     batch_size=64, learning_rate=0.003, train_samples=4_096, val_samples=4_096, test_samples=4_096, distillation=None
 )
 
@@ -137,14 +138,12 @@ def _bases(model: str, seed: int, recipe: Recipe, cache: Path) -> None:
 
 
 def evaluate(model: Any, case: Case, recipe: Recipe) -> tuple[float, float]:
-    """Accuracy in percent on validation and test images."""
+    """Accuracy in percent on validation and test data, of an ONNX file within its module."""
     judge = model
     if isinstance(model, OnnxModule):
         judge = network(case.model, case.seed)
         judge.net = model
-    trainer, data = trainer_of(recipe), data_of(judge, recipe, 0)
-    val = trainer.validate(judge, datamodule=data, verbose=False)[0]["val_acc"]
-    return 100 * val, 100 * trainer.test(judge, datamodule=data, verbose=False)[0]["test_acc"]
+    return fashion_fit.evaluate(judge, recipe)
 
 
 def mean_of(runs: Mapping[str, Mapping[str, float]], model: str, kind: str, name: str) -> float | None:

@@ -34,6 +34,7 @@ __all__ = [
     "common_settings",
     "data_of",
     "digest",
+    "evaluate",
     "fit_base",
     "fit_run",
     "inputs_of",
@@ -120,7 +121,7 @@ def fit_base(base: Base, recipe: Recipe, cache: Path) -> BaseResult:
             seconds = 0.0
         else:
             seconds = train(model, base.seed, recipe, first=base.kind == DENSE)
-        val, test = _evaluate(model, recipe)
+        val, test = evaluate(model, recipe)
         figures = {"val": val, "test": test, "seconds": seconds}
         kept = {"state": model.state_dict(), **figures, "recipe": fingerprint(recipe, base), "start": start}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def fit_run(run: Run, recipe: Recipe, cache: Path) -> RunResult:
     if written is None:
         raise RuntimeError(f"{run.key}: the fit ended without a report")
     file = folder / "model.safetensors"
-    val, test = _evaluate(load_compressed(file, network(run.model, run.seed)), recipe)
+    val, test = evaluate(load_compressed(file, network(run.model, run.seed)), recipe)
     share = settings_of(run).get("target_size")
     return RunResult(
         val=val,
@@ -224,8 +225,8 @@ def train(
     return time.perf_counter() - began
 
 
-def _evaluate(model: Any, recipe: Recipe) -> tuple[float, float]:
-    """Accuracy in percent on validation and test images."""
+def evaluate(model: L.LightningModule, recipe: Recipe) -> tuple[float, float]:
+    """Accuracy in percent on validation and test data."""
     trainer, data = trainer_of(recipe), data_of(model, recipe, 0)
     val = trainer.validate(model, datamodule=data, verbose=False)[0]["val_acc"]
     return 100 * val, 100 * trainer.test(model, datamodule=data, verbose=False)[0]["test_acc"]

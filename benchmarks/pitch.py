@@ -119,13 +119,13 @@ class PitchNet(L.LightningModule):
 
 
 def _blurred(pitch: Tensor) -> Tensor:
-    """Targets in [0, 1] of all outputs (Kim et al. 2018, eq. 3)."""
+    """Targets in [0, 1] of all outputs: a Gaussian of 25 cents about the pitch (Kim et al. 2018)."""
     places = torch.arange(BINS, device=pitch.device) - pitch[:, None]
     return torch.exp(-((STEP * places) ** 2) / (2 * 25.0**2))
 
 
 def cents_of(logits: Tensor) -> Tensor:
-    """Pitch over 10 Hz in cents [n]: of the nine bins about the largest, the mean by probability (Kim et al. 2018)."""
+    """Pitch over 10 Hz in cents [n]: the mean by probability over the nine outputs about the largest."""
     places = torch.arange(BINS, device=logits.device)
     near = (places - logits.argmax(-1, keepdim=True)).abs() <= 4
     weights = logits.float().sigmoid() * near

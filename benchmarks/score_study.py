@@ -147,7 +147,10 @@ def main() -> None:
     parser.add_argument("--scores", nargs="+", default=[*SCORES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--training", choices=("taught", "untaught", "none"), default="taught", help="by the dense model"
+        "--training",
+        choices=("taught", "untaught", "none"),
+        default="taught",
+        help="by the dense model, not by it, or not at all",
     )
     parser.add_argument("--learning-rate", type=float, default=FULL.learning_rate)
     parser.add_argument("--weight-decay", type=float, default=FULL.weight_decay)

@@ -4,9 +4,9 @@
                                           [--output FILE.json] [--cache FOLDER]
 
 Networks of Fashion-MNIST start from the dense checkpoints of `fashion_bench.py`, and "pitch" is the tracker of
-`pitch.py` as it was published. Everything trains on for the same 6 epochs by the same recipe, without a teacher.
-Accuracies are those of the file read back, on the validation images, by which choices are
-made, and on the test images, read once. "dense" is the same fit without compression.
+`pitch.py` as it was published. Everything trains on for the same 6 epochs by the same recipe, and but for "combined"
+without a teacher. Accuracies are those of the file read back, on the validation data, by which choices are made, and on
+the test data, read once. "drop" is against the same fit without compression.
 
 | kind | what |
 |---|---|

@@ -285,7 +285,9 @@ def _read_entry(version: int, name: str, dtype: str, shape: list[int], kind: int
         raise ValueError(f"{name} has kind {kind}")
     codebooks: tuple[tuple[float, ...], ...] = ()
     if version > 2 and kind == CODES and more and isinstance(more[0], str | list):
-        codebooks, more = _codebooks(name, shape, more[0]), more[1:]
+        if len(more) > 1:
+            raise ValueError(f"{name} has more beside its codebooks: {more[1:]}")
+        codebooks, more = _codebooks(name, shape, more[0]), ()
     groups = _groups(name, shape, *more) if version > 1 and kind == CODES and more else 1
     held = more if groups == 1 else ()
     entry = Entry(name, DTYPES[dtype], tuple(shape), kind, half=bool(held), groups=groups, codebooks=codebooks)

@@ -171,6 +171,8 @@ def read_weight(
         count = 2 ** groups[0][0] - 1
         if len(groups) > 1 or not len(codebook) or len(codebook) % count or rows % (len(codebook) // count):
             raise ValueError(f"codebooks of {len(codebook)} values in all for {rows} rows of widths {dict(groups)}")
+        if codes.size and int(np.abs(codes).max()) > count // 2:
+            raise ValueError(f"codes beyond a codebook of {count} values")
         values = look_up(values, codebook.view(-1, count))
     return (values * scales[:, None]).to(dtype).reshape(tuple(shape))
 

@@ -31,6 +31,19 @@ def weights_of(model):
     return {name: each.detach() for name, each in model.named_parameters() if each.dim() > 1}
 
 
+def assert_files_hold(model, folder):
+    """All three formats give the model back."""
+    loaded = load_compressed(folder / "model.safetensors", ToyNet())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    x = Corners().data.tensors[0]
+    expected = model.eval()(x).detach()
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    program = torch.export.load(folder / "model.pt2").module()
+    torch.testing.assert_close(program(x).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_every_layer_ends_with_few_values_and_zero_among_them(tmp_path):
     model, _ = fit(tmp_path, [shared(tmp_path)])
 
@@ -48,15 +61,7 @@ def test_files_give_the_very_values_back(tmp_path):
 
     model, _ = fit(tmp_path, [run])
 
-    loaded = load_compressed(tmp_path / "model.safetensors", ToyNet())
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    x = Corners().data.tensors[0]
-    expected = model.eval()(x).detach()
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
-    program = torch.export.load(tmp_path / "model.pt2").module()
-    torch.testing.assert_close(program(x).detach(), expected, rtol=1e-5, atol=1e-6)
+    assert_files_hold(model, tmp_path)
     assert run.report.average_bits == 4.0
     assert {entry.format for entry in run.report.artifacts} == {"safetensors", "onnx", "pt2"}
 
@@ -153,15 +158,7 @@ def test_blocks_of_channels_have_values_of_their_own_in_every_format(tmp_path):
     weight = model.second.weight.detach()
     assert all(len(block.unique()) <= 7 for block in weight.split(2))
     assert len(weight.unique()) > 7
-    loaded = load_compressed(tmp_path / "model.safetensors", ToyNet())
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    x = Corners().data.tensors[0]
-    expected = model.eval()(x).detach()
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
-    program = torch.export.load(tmp_path / "model.pt2").module()
-    torch.testing.assert_close(program(x).detach(), expected, rtol=1e-5, atol=1e-6)
+    assert_files_hold(model, tmp_path)
 
 
 @pytest.mark.parametrize(

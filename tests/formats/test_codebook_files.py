@@ -14,6 +14,7 @@ from lightning_xai_compress.formats import container
 from lightning_xai_compress.formats.onnx import check_onnx, read_onnx, write_onnx
 from lightning_xai_compress.formats.packed import load_compressed, pack, packed_size, read_packed
 from lightning_xai_compress.formats.pt2 import check_pt2, read_pt2, write_pt2
+from lightning_xai_compress.formats.pt2_planes import PackedWeight, read_weight
 from lightning_xai_compress.formats.registry import Inputs
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask
 from lightning_xai_compress.quantization import fit_codebook, quantize
@@ -159,6 +160,44 @@ def test_codes_beyond_a_codebook_are_refused(tmp_path):
     (tmp_path / "m").write_bytes(reseal(data, change))
 
     with pytest.raises(ArtifactError, match=r"is damaged: .*0\.weight has codes beyond its codebook of 3 values"):
+        load_compressed(tmp_path / "m")
+
+
+def planes(blocks):
+    """Buffers of a weight of two bits as a pt2 file has them, and how many rows of which width it has."""
+    weight = torch.tensor([[-1.0, 0.0, 2.0], [2.0, 2.0, -1.0]])
+    codebook = torch.tensor([[-1.0, 0.0, 2.0]] * blocks)
+    packed = PackedWeight("w", weight, torch.ones(2), torch.full((2,), 2, dtype=torch.uint8), codebook)
+    return weight, {name: each.flatten().view(torch.uint8).numpy() for name, each in packed.named_buffers()}
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "forged", "text"),
+    [
+        ("int2_plane2", [0xFF, 0xFF], "codes beyond a codebook of 3 values"),
+        ("codebook", [0x80, 0xBF, 0, 0], "codebooks of 2 values in all for 2 rows"),
+        ("codebook", [0] * 18, "codebooks of 9 values in all for 2 rows"),
+    ],
+)
+def test_codebooks_of_a_pt2_file_that_do_not_fit_are_refused(blocks, name, forged, text):
+    weight, buffers = planes(blocks)
+    assert torch.equal(read_weight(buffers, [(2, 2)], [2, 3], torch.float32), weight)
+
+    with pytest.raises(ValueError, match=text):
+        read_weight(buffers | {name: np.array(forged, np.uint8)}, [(2, 2)], [2, 3], torch.float32)
+
+
+def test_groups_beside_a_codebook_are_refused(tmp_path):
+    model = cnn()
+    data = pack(model, shared(model))
+
+    def change(index):
+        next(row for row in index["tensors"] if row[0] == "3.weight").append(2)
+
+    (tmp_path / "m").write_bytes(reseal(data, change))
+
+    with pytest.raises(ArtifactError, match=r"is damaged: .*3\.weight has more beside its codebooks: \(2,\)"):
         load_compressed(tmp_path / "m")
 
 
