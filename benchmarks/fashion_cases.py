@@ -19,13 +19,14 @@ from lightning_xai_compress.tables import table
 
 import fashion_fit
 from common import RESULTS, Results, environment
-from fashion_fit import fit_base, network, prepare
+from fashion_fit import checkpoint, fit_base, network, prepare
 from fashion_grid import FULL, QUICK, Recipe
 from fashion_tasks import CONTROL, DENSE, Base
 
-__all__ = ["MODELS", "NOISE", "Case", "Study", "evaluate", "gain", "mean_of", "summary"]
+__all__ = ["MODELS", "NOISE", "SHORT", "Case", "Study", "evaluate", "gain", "mean_of", "summary"]
 
 NOISE = 0.3  # points that a difference has to exceed
+SHORT = 3  # epochs
 MODELS = ("cnn", "resnet", "pitch")
 PITCH = Recipe(  # rate by validation without compression: 99.5 % within 50 cents, 99.0 % with 0.001
     batch_size=64, learning_rate=0.003, train_samples=4_096, val_samples=4_096, test_samples=4_096, distillation=None
@@ -64,9 +65,12 @@ class Study:
         doc: Of the script.
         limits: Of its figures.
         taught: Whether the dense model teaches.
+        long: Kinds that train on for the 6 epochs of `fashion_bench.py`, and not for 3.
     """
 
-    def __init__(self, name: str, doc: str | None, limits: Mapping[str, float], *, taught: bool) -> None:
+    def __init__(
+        self, name: str, doc: str | None, limits: Mapping[str, float], *, taught: bool, long: Sequence[str] = ()
+    ) -> None:
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--only", default="*", help="shell pattern on keys such as cnn/lrp/seed0")
         parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -81,6 +85,7 @@ class Study:
         prepare()
         quick = "_quick" if self.options.quick else ""
         self.name = name
+        self.long = long
         self.recipe = QUICK if quick else FULL
         if not taught:
             self.recipe = replace(self.recipe, distillation=None)
@@ -102,12 +107,12 @@ class Study:
             return [Case(MODELS[0], kind, 0) for kind in quick]
         return [Case(model, kind, seed) for seed in self.options.seeds for model in MODELS for kind in kinds]
 
-    def recipe_of(self, model: str) -> Recipe:
-        """The same for all methods."""
-        if model != "pitch":
-            return self.recipe
-        samples = min(PITCH.train_samples, self.recipe.train_samples)
-        return replace(PITCH, epochs=self.recipe.epochs, train_samples=samples)
+    def recipe_of(self, case: Case) -> Recipe:
+        """The same for all that are compared."""
+        epochs = self.recipe.epochs if case.kind in self.long else min(SHORT, self.recipe.epochs)
+        if case.model != "pitch":
+            return replace(self.recipe, epochs=epochs)
+        return replace(PITCH, epochs=epochs, train_samples=min(PITCH.train_samples, self.recipe.train_samples))
 
     def work(self, cases: Iterable[Case], run: Callable[[Case, Recipe, Path], dict[str, float]]) -> None:
         """Do what is not done, so many at once."""
@@ -115,10 +120,12 @@ class Study:
         if self.options.report:
             return
         with ProcessPoolExecutor(self.options.jobs, multiprocessing.get_context("spawn"), prepare) as pool:
-            bases = dict.fromkeys((case.model, case.seed) for case in chosen)
-            for each in [pool.submit(_bases, *base, self.recipe_of(base[0]), self.cache) for base in bases]:
-                each.result()
-            waiting = {pool.submit(run, case, self.recipe_of(case.model), self.cache): case for case in chosen}
+            for kind in (DENSE, CONTROL):
+                needed = [(Base(case.model, case.seed, kind), self.recipe_of(case)) for case in chosen]
+                bases = {checkpoint(self.cache, *base): base for base in needed}
+                for each in [pool.submit(fit_base, *base, self.cache) for base in bases.values()]:
+                    each.result()
+            waiting = {pool.submit(run, case, self.recipe_of(case), self.cache): case for case in chosen}
             for future in as_completed(waiting):
                 key = waiting[future].key
                 self.results.add("runs", key, **future.result())
@@ -130,11 +137,6 @@ class Study:
         self.results.add("checks", **checks)
         print(summary(self.runs))
         print(json.dumps(checks, indent=1))
-
-
-def _bases(model: str, seed: int, recipe: Recipe, cache: Path) -> None:
-    for kind in (DENSE, CONTROL):
-        fit_base(Base(model, seed, kind), recipe, cache)
 
 
 def evaluate(model: Any, case: Case, recipe: Recipe) -> tuple[float, float]:

@@ -89,9 +89,9 @@ def prepare() -> None:
     silence()
 
 
-def checkpoint(cache: Path, base: Base) -> Path:
+def checkpoint(cache: Path, base: Base, recipe: Recipe) -> Path:
     """Where a base is kept."""
-    return cache / f"{base.model}-{base.seed}{'' if base.kind == DENSE else '-control'}.pt"
+    return cache / f"{base.model}-{base.seed}{'' if base.kind == DENSE else f'-control{recipe.epochs}'}.pt"
 
 
 def digest(state: dict[str, Tensor]) -> str:
@@ -104,13 +104,13 @@ def digest(state: dict[str, Tensor]) -> str:
 
 def kept_weights(base: Base, recipe: Recipe, cache: Path) -> str | None:
     """Digest of a kept base; None where there is none of this recipe."""
-    kept = _kept(checkpoint(cache, base))
+    kept = _kept(checkpoint(cache, base, recipe))
     return None if kept is None or kept.get("recipe") != fingerprint(recipe, base) else digest(kept["state"])
 
 
 def fit_base(base: Base, recipe: Recipe, cache: Path) -> BaseResult:
     """Train a dense model or its control, and keep it; one that is kept already is not trained again."""
-    path = checkpoint(cache, base)
+    path = checkpoint(cache, base, recipe)
     later = {} if base.kind == DENSE else {"weight_decay": recipe.weight_decay}
     model = network(base.model, base.seed, lr=recipe.learning_rate, **later)
     start = "" if base.kind == DENSE else load_dense(model, base.model, base.seed, recipe, cache)
@@ -194,11 +194,10 @@ def network(name: str, seed: int, **settings: float) -> Network:
 def load_dense(model: Network, name: str, seed: int, recipe: Recipe, cache: Path) -> str:
     """Give a network the weights of its dense fit; returns their digest."""
     base = Base(name, seed, DENSE)
-    kept = _kept(checkpoint(cache, base))
+    path = checkpoint(cache, base, recipe)
+    kept = _kept(path)
     if kept is None or kept.get("recipe") != fingerprint(recipe, base):
-        raise RuntimeError(
-            f"{checkpoint(cache, base)} is missing or of another recipe: expected a run of {base.key} first"
-        )
+        raise RuntimeError(f"{path} is missing or of another recipe: expected a run of {base.key} first")
     model.load_state_dict(kept["state"])
     return digest(kept["state"])
 

@@ -2,7 +2,7 @@
 
     python benchmarks/score_study.py [--models lenet cnn] [--reductions 97.5 99] [--scores NAME ...] [--seeds 0 1 2]
                                      [--training taught|untaught|none] [--learning-rate X] [--weight-decay X]
-                                     [--steps N] [--jobs N] [--quick] [--report] [--output FILE.json]
+                                     [--steps N] [--epochs N] [--jobs N] [--quick] [--report] [--output FILE.json]
                                      [--cache FOLDER]
 
 Every score compresses the same dense checkpoint of `fashion_bench.py` (which is trained if it is not there) to the
@@ -84,6 +84,7 @@ class Case:
         score: A name of the table above.
         training: Whether the dense model teaches while the compressed one trains on, or nothing trains any more.
         steps: Of pruning.
+        epochs: Of the compression; without training they mean nothing.
     """
 
     model: str
@@ -94,6 +95,7 @@ class Case:
     weight_decay: float = FULL.weight_decay
     training: Training = "taught"
     steps: int = Pruning().steps
+    epochs: int = FULL.epochs
 
     def changed(self, recipe: Recipe) -> Recipe:
         """The recipe of the benchmark, but for what is studied."""
@@ -102,6 +104,7 @@ class Case:
             distillation=recipe.distillation if self.training == "taught" else None,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
+            epochs=self.epochs,
         )
 
     def __post_init__(self) -> None:
@@ -116,18 +119,19 @@ class Case:
         if self.training == "none":
             return f"no training, {self.steps} steps"
         numbers = f"learning rate {self.learning_rate:g}, weight decay {self.weight_decay:g}, {self.steps} steps"
-        return f"{self.training}, {numbers}"
+        return f"{self.training}, {self.epochs} epoch{'s' if self.epochs > 1 else ''}, {numbers}"
 
     @property
     def key(self) -> str:
         """Its name in the results."""
-        recipe = f"{self.training}/lr{self.learning_rate:g}/decay{self.weight_decay:g}/steps{self.steps}"
-        return f"{self.model}/{self.score}/{self.reduction:g}/{recipe}/seed{self.seed}"
+        what = f"{self.model}/{self.score}/{self.reduction:g}/{self.training}"
+        numbers = f"lr{self.learning_rate:g}/decay{self.weight_decay:g}/steps{self.steps}/epochs{self.epochs}"
+        return f"{what}/{numbers}/seed{self.seed}"
 
     @classmethod
     def read(cls, key: str) -> Case:
         """The case of a key."""
-        model, name, reduction, training, rate, decay, steps, seed = key.split("/")
+        model, name, reduction, training, rate, decay, steps, epochs, seed = key.split("/")
         return cls(
             model,
             name,
@@ -137,6 +141,7 @@ class Case:
             float(decay.removeprefix("decay")),
             training,  # type: ignore[arg-type]
             int(steps.removeprefix("steps")),
+            int(epochs.removeprefix("epochs")),
         )
 
 
@@ -155,6 +160,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=FULL.learning_rate)
     parser.add_argument("--weight-decay", type=float, default=FULL.weight_decay)
     parser.add_argument("--steps", type=int, default=Pruning().steps, help="of pruning")
+    parser.add_argument("--epochs", type=int, help="of the compression")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
     parser.add_argument("--quick", action="store_true", help="one epoch on few images, only to see that it runs")
     parser.add_argument("--report", action="store_true", help="run nothing: tables from the results")
@@ -170,7 +176,8 @@ def main() -> None:
     known = of_benchmark(RESULTS / "fashion_mnist.json", recipe)
     if not arguments.report:
         results = Results(output, **{**found, "environment": environment(arguments.seeds)})
-        numbers = arguments.learning_rate, arguments.weight_decay, arguments.training, arguments.steps
+        epochs = arguments.epochs or recipe.epochs
+        numbers = arguments.learning_rate, arguments.weight_decay, arguments.training, arguments.steps, epochs
         cases = [
             case
             for seed in arguments.seeds
@@ -200,7 +207,7 @@ def of_benchmark(path: Path, recipe: Recipe) -> dict[Case, float]:
         if row.run.budget.kind == "size" and row.recipe == fingerprint(recipe, row.run):
             name = "q100" if row.run.method.name == "default" else row.run.method.name
             name += "+uniform" if row.run.method.widths == "uniform" else ""
-            found[Case(row.run.model, name, row.run.budget.value, row.run.seed)] = row.val
+            found[Case(row.run.model, name, row.run.budget.value, row.run.seed, epochs=recipe.epochs)] = row.val
     return found
 
 
