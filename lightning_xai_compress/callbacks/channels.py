@@ -33,6 +33,7 @@ from lightning_xai_compress.structure import (
     channel_scores,
     check_channel_score,
     find_channels,
+    flattened_otherwise,
     macs_of,
     relative,
     select_channels,
@@ -196,11 +197,26 @@ class ChannelPruning(CompressionCallback, Stage):
         protected = matching(names, self.channels.protect)
         kept = [each for each in groups if not protected & {part.name for part in each.makers}]
         skipped += [Skipped(each.name, "its channels are protected") for each in groups if each not in kept]
-        trial = {each.name: torch.arange(len(each)) < min(self.channels.multiple, len(each) // 2) for each in kept}
-        if unlike(module, kept, trial, example.args, example.kwargs or {}):
-            reasons = {each.name: unlike(module, [each], trial, example.args, example.kwargs or {}) for each in kept}
-            skipped += [Skipped(name, f"its channels stay: {reason}") for name, reason in reasons.items() if reason]
-            kept = [each for each in kept if not reasons[each.name]]
+        draw = torch.Generator().manual_seed(0)  # scattered, so that no order of channels looks like another
+        trial = {
+            each.name: torch.randperm(len(each), generator=draw) < min(self.channels.multiple, len(each) // 2)
+            for each in kept
+        }
+
+        def wrong(*tried: ChannelGroup) -> str:
+            return unlike(module, tried, trial, example.args, example.kwargs or {})
+
+        if wrong(*kept):
+            suspects, kept = kept, []
+            for each in suspects:
+                reason = wrong(each)
+                right = (
+                    next((other for other in flattened_otherwise(each) if not wrong(other)), None) if reason else each
+                )
+                if right is None:
+                    skipped.append(Skipped(each.name, f"its channels stay: {reason}"))
+                else:
+                    kept.append(right)
         session.skipped += [entry for entry in skipped if entry not in session.skipped]
         if not kept:
             reasons_text = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:4])

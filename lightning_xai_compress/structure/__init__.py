@@ -2,7 +2,7 @@
 
 from lightning_xai_compress.structure.channels import ChannelGroup, ChannelSlice, channel_mask, kept_entries
 from lightning_xai_compress.structure.cost import Cost, Measure, macs_of
-from lightning_xai_compress.structure.dependencies import find_channels
+from lightning_xai_compress.structure.dependencies import find_channels, flattened_otherwise
 from lightning_xai_compress.structure.importance import (
     CHANNEL_SCORES,
     ChannelScore,
@@ -32,6 +32,7 @@ __all__ = [
     "channel_scores",
     "check_channel_score",
     "find_channels",
+    "flattened_otherwise",
     "kept_entries",
     "macs_of",
     "relative",

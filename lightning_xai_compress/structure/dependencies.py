@@ -18,7 +18,7 @@ from lightning_xai_compress.plan import Skipped
 from lightning_xai_compress.structure.channels import ChannelGroup, ChannelSlice
 from lightning_xai_compress.structure.heads import find_heads, overlaps
 
-__all__ = ["find_channels"]
+__all__ = ["find_channels", "flattened_otherwise"]
 
 _WITHIN = -1  # stands for the place of an input within its group
 
@@ -70,6 +70,39 @@ def find_channels(
     return sorted(named, key=lambda each: order[each.name]), skipped
 
 
+def flattened_otherwise(group: ChannelGroup) -> list[ChannelGroup]:
+    """The same channels, read in other orders where they are flattened: after a permutation of [n, c, h, w], say.
+
+    The graph takes it that a flattened layer reads all places of a channel side by side. What is right is found by
+    trying (`unlike`).
+
+    Args:
+        group: As the graph has it.
+
+    Returns:
+        A group for each number of places that may come before the channel; none where nothing is flattened.
+    """
+    places = {part.index.shape[1] for part in group.slices if _flat(part, len(group))}
+    found = []
+    for outer in range(2, max(places, default=0) + 1):
+        if all(each % outer == 0 for each in places):
+            slices = [_strided(part, outer) if _flat(part, len(group)) else part for part in group.slices]
+            found.append(replace(group, slices=tuple(slices)))
+    return found
+
+
+def _flat(part: ChannelSlice, channels: int) -> bool:
+    count = part.index.shape[1]
+    side_by_side = torch.arange(channels * count).view(channels, count)
+    return part.axis == 1 and not part.makes and count > 1 and torch.equal(part.index, side_by_side)
+
+
+def _strided(part: ChannelSlice, outer: int) -> ChannelSlice:
+    channels, count = part.index.shape
+    entries = torch.arange(channels * count).view(outer, channels, count // outer)
+    return replace(part, index=entries.transpose(0, 1).reshape(channels, count))
+
+
 class _CannotGoError(Exception):
     """Why the channels of a group stay."""
 
@@ -102,6 +135,8 @@ def _read(
                 raise _CannotGoError(f"{name}, which is not compressed, shares them")
             flipped = isinstance(module, _ConvTransposeNd) and not _depthwise(module)
             axis = int(not inputs) if flipped else int(inputs)
+            if int(index.max()) >= module.weight.shape[axis]:
+                raise _CannotGoError(f"what {name} reads of them cannot be followed")
             slices.append(ChannelSlice(f"{name}.weight", axis, index, makes=not inputs))
             if module.bias is not None and not inputs:
                 slices.append(ChannelSlice(f"{name}.bias", 0, index))

@@ -319,6 +319,21 @@ def test_a_model_that_cannot_be_shrunk_is_refused_by_name_before_training(tmp_pa
     assert model.losses == []
 
 
+def test_channels_go_before_a_flatten_of_permuted_ones(tmp_path):
+    class Permuted(WideNet):
+        def forward(self, x):
+            x = F.relu(self.norm(self.first(x)))
+            return self.head(F.avg_pool2d(F.relu(self.second(x)), 3).permute(0, 2, 1, 3).flatten(1))
+
+    run = structured(tmp_path, exclude=["inner", "outer"])
+
+    model, _ = fit(tmp_path, [run], Permuted)
+
+    small = load_compressed(tmp_path / "model.safetensors", Permuted())
+    assert small.head.in_features < 64
+    torch.testing.assert_close(logits(small), logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_protected_layers_keep_their_channels_and_are_named(tmp_path):
     run = structured(tmp_path, channels={"protect": ["inner"], "macs": 0.7})
 

@@ -4,12 +4,21 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_xai_compress import CompressionError, Mask
 from lightning_xai_compress.layers import find_layers
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan
-from lightning_xai_compress.structure import channel_mask, find_channels, kept_entries, shrunk, shrunk_plan, unlike
+from lightning_xai_compress.structure import (
+    channel_mask,
+    find_channels,
+    flattened_otherwise,
+    kept_entries,
+    shrunk,
+    shrunk_plan,
+    unlike,
+)
 
 from channel_nets import NETS, Chain, Concat, Depthwise, Grouped, Heads, Normalized, Residual, Shuffled, Tied, made
 
@@ -196,6 +205,40 @@ def test_what_the_graph_does_not_understand_shows_in_a_trial():
     other, x = made(Residual)
     groups, _ = groups_of(other, x)
     assert unlike(other, groups, random_choice(groups), (x,), {}) == ""
+
+
+class Permuted(nn.Module):
+    """Flattened with some places before the channel, and some behind."""
+
+    def __init__(self, axes):
+        super().__init__()
+        self.axes = axes
+        self.first, self.head = nn.Conv2d(1, 12, 3), nn.Linear(12 * 4 * 3, 5)
+
+    def forward(self, x):
+        return self.head(F.relu(self.first(x)).permute(0, *self.axes).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("axes", "first"),
+    [((2, 1, 3), [0, 1, 2, 36, 37, 38, 72, 73, 74, 108, 109, 110]), ((2, 3, 1), [*range(0, 144, 12)])],
+)
+def test_of_a_flatten_after_a_permutation_one_other_order_is_right(axes, first):
+    torch.manual_seed(0)
+    net, x = Permuted(axes).eval(), torch.randn(3, 1, 6, 5)
+    (group,), _ = groups_of(net, x)
+    removed = random_choice([group])
+
+    right = [other for other in flattened_otherwise(group) if not unlike(net, [other], removed, (x,), {})]
+
+    assert unlike(net, [group], removed, (x,), {})
+    assert len(right) == 1
+    assert next(part.index[0].tolist() for part in right[0].slices if part.name == "head.weight") == first
+    assert not unlike(net, right, removed, (x,), {})
+
+
+def test_nothing_is_read_otherwise_where_nothing_is_flattened():
+    assert not [other for group in groups_of(*made(Residual))[0] for other in flattened_otherwise(group)]
 
 
 def test_a_model_that_cannot_be_traced_is_refused():
