@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from lightning_xai_compress.callbacks.session import Session
 from lightning_xai_compress.callbacks.stage import Stage
 from lightning_xai_compress.checks import check_names, check_number
 from lightning_xai_compress.errors import CompressionError
-from lightning_xai_compress.formats import STRUCTURE, Inputs
+from lightning_xai_compress.formats import Inputs, structure_text
 from lightning_xai_compress.plan import Mask, ScoreMap, Skipped
 from lightning_xai_compress.pruning import matching
 from lightning_xai_compress.relevance import evaluation, known_names
@@ -34,10 +34,12 @@ from lightning_xai_compress.structure import (
     check_channel_score,
     find_channels,
     flattened_otherwise,
+    kept_entries,
     macs_of,
     relative,
     select_channels,
     shrunk,
+    undisturbed,
     unlike,
 )
 
@@ -146,6 +148,7 @@ class ChannelPruning(CompressionCallback, Stage):
         self._groups: list[ChannelGroup] = []
         self._prices: dict[str, float] = {}
         self._rest = 0.0
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._positions: list[int] = []
         self._done = 0
 
@@ -174,29 +177,36 @@ class ChannelPruning(CompressionCallback, Stage):
                 "more once channels go: leave it out with structure='channel', so that a layer has one"
             )
         example = example_inputs(session, ("structure='channel'",))[0]
-        with torch.inference_mode(False), evaluation(session.module):
-            self._groups = self._usable(session, example)
+        self._shapes = {name: tuple(weight.shape) for name, weight in session.latent.parameters.items()}
+        with torch.inference_mode(False), evaluation(session.module), undisturbed(session.module):
+            self._groups, staying = self._usable(session, example)
             self._measure(session, example)
+        session.skipped += [entry for entry in staying if entry not in session.skipped]
         unknown = sorted(self.removed.keys() - {group.name for group in self._groups})
         if unknown:
             raise CompressionError(f"the checkpoint removed channels of {unknown[:4]}, which this model does not have")
-        cost = self._cost(session)
-        nothing = {group.name: torch.zeros(len(group)) for group in self._groups}
-        select_channels(self._groups, nothing, cost, 0.0, multiple=self.channels.multiple, floor=self.channels.floor)
+        self._check({group.name: torch.zeros(len(group)) for group in self._groups}, staying)
+
+    def _check(self, scores: Mapping[str, Tensor], staying: Sequence[Skipped]) -> None:
+        """See that the target can be met."""
+        cost = self._cost()
+        select_channels(self._groups, scores, cost, 0.0, multiple=self.channels.multiple, floor=self.channels.floor)
         if cost.share > self.channels.share:
             raise ValueError(
                 f"{self.channels.measure}={self.channels.share} cannot be met: with floor={self.channels.floor} and "
                 f"multiple={self.channels.multiple} at least {cost.share:.3f} is left; lower those, protect fewer "
-                "layers, or ask for less"
+                f"layers, or ask for less{_listed(staying)}"
             )
 
-    def _usable(self, session: Session, example: Inputs) -> list[ChannelGroup]:
-        """The groups that may go and that the smaller module is right without."""
+    def _usable(self, session: Session, example: Inputs) -> tuple[list[ChannelGroup], list[Skipped]]:
+        """The groups that may go and that the smaller module is right without; and what stays, with the reason."""
         module, names = session.module, known_names(session.module, session.latent.parameters)
         groups, skipped = find_channels(module, example.args, example.kwargs or {}, names)
         protected = matching(names, self.channels.protect)
         kept = [each for each in groups if not protected & {part.name for part in each.makers}]
         skipped += [Skipped(each.name, "its channels are protected") for each in groups if each not in kept]
+        skipped += [Skipped(each.name, "its channels stay: there is but one") for each in kept if len(each) < 2]
+        kept = [each for each in kept if len(each) > 1]
         draw = torch.Generator().manual_seed(0)  # scattered, so that no order of channels looks like another
         trial = {
             each.name: torch.randperm(len(each), generator=draw) < min(self.channels.multiple, len(each) // 2)
@@ -217,15 +227,13 @@ class ChannelPruning(CompressionCallback, Stage):
                     skipped.append(Skipped(each.name, f"its channels stay: {reason}"))
                 else:
                     kept.append(right)
-        session.skipped += [entry for entry in skipped if entry not in session.skipped]
         if not kept:
-            reasons_text = "; ".join(f"{entry.name}: {entry.reason}" for entry in skipped[:4])
             raise CompressionError(
-                f"{type(module).__name__} has no channels that can go ({reasons_text}): leave structure out, or "
-                "exclude less"
+                f"{type(module).__name__} has no channels that can go: leave structure out, or exclude less"
+                f"{_listed(skipped) or ' (no output that depends on its weights was found)'}"
             )
         rank_zero_info(f"[compression] channels can go in {len(kept)} groups of {sum(map(len, kept)):,}")
-        return kept
+        return kept, skipped
 
     def _measure(self, session: Session, example: Inputs) -> None:
         """What an entry of each weight costs."""
@@ -241,18 +249,20 @@ class ChannelPruning(CompressionCallback, Stage):
             self._prices = {name: count / weights[name].numel() for name, count in counted.items() if name in weights}
             self._rest += sum(count for name, count in counted.items() if name not in weights)
 
-    def _cost(self, session: Session) -> Cost:
+    def _cost(self) -> Cost:
         if self.channels.measure == "channels":
             counted = [
                 ChannelGroup(each.name, (replace(each.makers[0], name=each.name, axis=0),)) for each in self._groups
             ]
             return Cost(counted, {each.name: [each.makers[0].index.numel()] for each in self._groups}, self._prices)
-        shapes = {name: tuple(weight.shape) for name, weight in session.latent.parameters.items()}
-        return Cost(self._groups, shapes, self._prices, self._rest)
+        return Cost(self._groups, self._shapes, self._prices, self._rest)
 
     def check_scores(self, scores: ScoreMap) -> None:
-        """Only channels of known relevance can go."""
-        channel_scores(self._groups, scores, self.channels.score)
+        """Only channels of known relevance can go: they must be enough."""
+        found = channel_scores(self._groups, scores, self.channels.score)
+        unknown = [name for name, each in found.items() if bool(each.isnan().all())]
+        staying = [Skipped(name, "its channels stay: their relevance is unknown") for name in unknown]
+        self._check({name: torch.where(each.isnan(), each, 0.0) for name, each in found.items()}, staying)
 
     def phases(self) -> list[tuple[int, str]]:
         """The steps of the ramp."""
@@ -274,7 +284,7 @@ class ChannelPruning(CompressionCallback, Stage):
             return
         self._done = due
         share = 1 - (1 - self.channels.share) * due / len(self._positions)
-        cost = self._cost(session)
+        cost = self._cost()
         self.removed = select_channels(
             self._groups,
             relative(channel_scores(self._groups, scores, self.channels.score)),
@@ -298,8 +308,9 @@ class ChannelPruning(CompressionCallback, Stage):
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Readers know by it that layers may be smaller than a new model's."""
-        return {STRUCTURE: "channel"} if any(bool(each.any()) for each in self.removed.values()) else {}
+        """Readers know by it that layers may be smaller than a new model's, and of what sizes that one is."""
+        kept = kept_entries(self._groups, self.removed, self._shapes)
+        return structure_text({name: self._shapes[name] for name in kept}) if kept else {}
 
     def smaller(self, module: nn.Module) -> AbstractContextManager[Kept] | None:
         """Within it the module is without the channels that are gone; None while there are none."""
@@ -315,3 +326,9 @@ class ChannelPruning(CompressionCallback, Stage):
         """Take up or begin."""
         self._done = state.get("done", 0)
         self.removed = {name: each.cpu() for name, each in state.get("removed", {}).items()}
+
+
+def _listed(staying: Sequence[Skipped]) -> str:
+    """What stays, with the reasons, as the end of a message."""
+    reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in staying[:4])
+    return f" ({reasons})" if reasons else ""

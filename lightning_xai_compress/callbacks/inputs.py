@@ -26,7 +26,7 @@ def example_inputs(session: Session, formats: tuple[str, ...], *, samples: int =
 
     Args:
         session: Of the fit.
-        formats: That need them, for the error.
+        formats: Or settings that need them, for the error.
         samples: So many more, in batches as they train, for ranges of activations.
 
     Raises:
@@ -49,7 +49,7 @@ def example_inputs(session: Session, formats: tuple[str, ...], *, samples: int =
         example = session.module.example_input_array
         if example is None:
             raise ValueError(
-                f"formats contains {' and '.join(map(repr, formats))}, but the model's input is not known: set "
+                f"{' and '.join(formats)} must call the model, but the model's input is not known: set "
                 f"example_input_array on the LightningModule ({error})"
             ) from error
         if samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lightning_xai_compress.callbacks.latent import LatentCopy
 from lightning_xai_compress.plan import CompressionPlan, ScoreMap
 from lightning_xai_compress.report import dense_bytes, estimated_bytes
+from lightning_xai_compress.structure import Kept, shrunk_plan
 
 __all__ = ["Logs", "figures"]
 
@@ -27,6 +29,10 @@ class Logged(Protocol):
     module: LightningModule
     latent: LatentCopy
     scores: ScoreMap | None
+
+    def smaller(self) -> AbstractContextManager[Kept]:
+        """Within it the module is as small as files hold it."""
+        ...
 
     @property
     def relevance_shares(self) -> dict[str, float]:
@@ -75,7 +81,9 @@ class Logs:
         plan = session.latent.plan()
         if self._dense is None:
             self._dense = dense_bytes(session.module)
-        scalars = figures(plan, self._dense)
+        with session.smaller() as kept:
+            left = shrunk_plan(plan, kept).allocation
+        scalars = figures(plan, self._dense, None if left is None else left.average_bits)
         histograms: dict[str, Tensor] = {}
         if scalars == self._written:
             scalars = {}
@@ -108,12 +116,13 @@ class Logs:
             rank_zero_warn(f"{type(logger).__name__} gets no histograms: {type(error).__name__}: {error}")
 
 
-def figures(plan: CompressionPlan, dense: int) -> dict[str, float]:
+def figures(plan: CompressionPlan, dense: int, bits: float | None) -> dict[str, float]:
     """The scalars of what was decided so far, by their names in the log.
 
     Args:
         plan: Masks and bit widths.
         dense: Bytes of the dense model.
+        bits: Mean of the weights that files hold; None before they are quantized.
 
     Returns:
         Sparsity in [0, 1] and, once quantized, mean bits: of all compressible weights, and by parameter name; and the
@@ -121,9 +130,7 @@ def figures(plan: CompressionPlan, dense: int) -> dict[str, float]:
     """
     layers = {name: 1 - _mean(keep) for name, keep in plan.mask.keep.items()}
     result = {f"{_PREFIX}/sparsity": plan.mask.sparsity, **_by_layer("sparsity", layers.items())}
-    bits = None
-    if plan.allocation is not None:
-        bits = plan.allocation.average_bits
+    if plan.allocation is not None and bits is not None:
         means = ((name, _mean(widths)) for name, widths in plan.allocation.bits.items())
         result |= {f"{_PREFIX}/average_bits": bits, **_by_layer("average_bits", means)}
     weights = sum(keep.numel() for keep in plan.mask.keep.values())

@@ -35,7 +35,7 @@ from lightning_xai_compress.quantization import (
     quantizable,
     row_count,
 )
-from lightning_xai_compress.structure import shrunk_scores, shrunk_weights
+from lightning_xai_compress.structure import shrunk_plan, shrunk_scores, shrunk_weights
 
 __all__ = ["MixedPrecision", "Quantization"]
 
@@ -163,7 +163,10 @@ class MixedPrecision(CompressionCallback, Stage):
         self._scored = self._fisher = None
         rows = Counter(int(width) for tensor in found.allocation.bits.values() for width in tensor)
         spread = ", ".join(f"{count} at {width}" for width, count in sorted(rows.items()))
-        average = found.allocation.average_bits
+        plan = session.latent.plan()
+        with session.smaller() as kept:
+            left = shrunk_plan(plan, kept).allocation
+        average = (left or found.allocation).average_bits
         session.record(
             "quantized",
             batch,

@@ -18,13 +18,12 @@ from lightning_xai_compress.formats.registry import (
     save,
     write_atomically,
 )
-from lightning_xai_compress.formats.resizing import STRUCTURE
+from lightning_xai_compress.formats.resizing import structure_text
 from lightning_xai_compress.formats.rounding import round_to_float16
 from lightning_xai_compress.formats.tracing import check_call, check_traceable
 
 __all__ = [
     "FORMATS",
-    "STRUCTURE",
     "Artifact",
     "Contents",
     "Files",
@@ -47,5 +46,6 @@ __all__ = [
     "round_module",
     "round_to_float16",
     "save",
+    "structure_text",
     "write_atomically",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, TypeVar, overload
 
@@ -15,7 +14,7 @@ from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.layout import CODES, Entry, few, has_memory, is_plain, same, sharing
 from lightning_xai_compress.formats.load_file import Decoded, PackedFile, decode, open_packed
 from lightning_xai_compress.formats.load_torchao import integer_tensor, torchao_class
-from lightning_xai_compress.formats.resizing import STRUCTURE, resized
+from lightning_xai_compress.formats.resizing import resized
 
 __all__ = ["load_compressed"]
 
@@ -68,7 +67,7 @@ def load_compressed(
         if model is None:
             made, stored = decode(file), file.stored
             return {name: made[key].values for name, key in stored.items()}
-        with resized(model, file.entries) if STRUCTURE in file.provenance else nullcontext():
+        with resized(model, file.entries, file.provenance):
             _load(path, file, model, integers=integers)
     return model
 

@@ -40,13 +40,16 @@ _RECTIFIERS = {
     F.threshold,
 }
 # further elementwise functions, which models use by themselves
-_FURTHER = {
-    getattr(place, name)
+_NAMES = ("clamp", "clamp_min", "abs", "exp", "square", "sqrt", "log", "log1p", "erf", "pow")
+_FURTHER = {getattr(place, name) for place in (torch, Tensor) for name in _NAMES} | {Tensor.__pow__}
+_IN_PLACE = {
+    getattr(place, f"{name}_"): getattr(place, name)
     for place in (torch, Tensor)
-    for name in ("clamp", "clamp_min", "abs", "exp", "square", "sqrt", "log", "log1p", "erf", "pow")
-} | {Tensor.__pow__}
+    for name in _NAMES
+    if hasattr(place, f"{name}_")
+}
 _POOLS = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d}
-_RESCALED = ELEMENTWISE.keys() | _RECTIFIERS | _FURTHER
+_RESCALED = ELEMENTWISE.keys() | _RECTIFIERS | _FURTHER | _IN_PLACE.keys()
 _RECORDED = LINEAR_FUNCTIONS | _RESCALED | _POOLS
 _SAME = 1e-10  # below it a difference quotient is the slope
 
@@ -141,7 +144,8 @@ class DeepLift(Interception):
             other: Tensor = func(input, *args, **kwargs)
             return other
         before, after = self._next(func, input)
-        function, inplace = out_of_place(func, args, kwargs)
+        function, inplace = out_of_place(_IN_PLACE.get(func, func), args, kwargs)
+        inplace = inplace or func in _IN_PLACE
         if not input.requires_grad:
             result: Tensor = func(input, *args, **kwargs)
             return result

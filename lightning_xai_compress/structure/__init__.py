@@ -17,8 +17,8 @@ from lightning_xai_compress.structure.shrinking import (
     shrunk_plan,
     shrunk_scores,
     shrunk_weights,
-    unlike,
 )
+from lightning_xai_compress.structure.trial import undisturbed, unlike
 
 __all__ = [
     "CHANNEL_SCORES",
@@ -41,5 +41,6 @@ __all__ = [
     "shrunk_plan",
     "shrunk_scores",
     "shrunk_weights",
+    "undisturbed",
     "unlike",
 ]

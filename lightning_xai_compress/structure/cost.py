@@ -32,8 +32,13 @@ def macs_of(model: nn.Module, run: Callable[[], object]) -> tuple[dict[str, floa
     Raises:
         CompressionError: Nothing was counted.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     counts = {name: sum(each.values()) / 2 for name, each in counter.get_flop_counts().items()}
     total = counts.get("Global", 0.0)
     if not total:

@@ -65,7 +65,7 @@ def find_channels(
             group = _read(each, root, names, set(layers) - tied, tied)
             groups += [] if overlaps(group, heads) else [group]
         except _CannotGoError as reason:
-            skipped.append(Skipped(root, f"its channels stay: {reason}"))
+            skipped += [Skipped(name, f"its channels stay: {reason}") for name in _makers(each, root, names)]
     named = [replace(each, name=min((part.name for part in each.makers), key=order.__getitem__)) for each in groups]
     return sorted(named, key=lambda each: order[each.name]), skipped
 
@@ -135,6 +135,8 @@ def _read(
                 raise _CannotGoError(f"{name}, which is not compressed, shares them")
             flipped = isinstance(module, _ConvTransposeNd) and not _depthwise(module)
             axis = int(not inputs) if flipped else int(inputs)
+            if not inputs and index.unique().numel() < module.weight.shape[axis]:
+                raise _CannotGoError(f"they are but a part of the channels of {name}, or meet them all at once")
             if int(index.max()) >= module.weight.shape[axis]:
                 raise _CannotGoError(f"what {name} reads of them cannot be followed")
             slices.append(ChannelSlice(f"{name}.weight", axis, index, makes=not inputs))
@@ -158,6 +160,16 @@ def _read(
     return ChannelGroup(root, tuple(_even(each, width) for width in widths for each in slices) or tuple(slices))
 
 
+def _makers(group: Any, root: str, names: Mapping[int, str]) -> list[str]:
+    """Names of the weights that make the channels of a group of the graph, the root first."""
+    found = [root]
+    for item in group:
+        module = item.dep.target.module
+        if isinstance(module, _ConvNd | nn.Linear) and "out_channels" in item.dep.handler.__name__:
+            found.append(f"{names[id(module)]}.weight")
+    return [*dict.fromkeys(found)]
+
+
 def _even(part: ChannelSlice, width: int) -> ChannelSlice:
     """Channels of the same place in all groups of a grouped convolution as one, since groups must stay alike."""
     if bool((part.index == _WITHIN).all()):  # its weights know an input by its place in the group alone
@@ -167,10 +179,11 @@ def _even(part: ChannelSlice, width: int) -> ChannelSlice:
 
 
 def _tied(model: nn.Module) -> set[str]:
-    """All names of parameters that have more than one."""
+    """All names of parameters that several modules share."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for prefix, module in model.named_modules():  # a module of two names is one
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(f"{prefix}.{name}".removeprefix("."))
     return {name for each in names.values() if len(each) > 1 for name in each}
 
 

@@ -38,7 +38,8 @@ def channel_scores(groups: Iterable[ChannelGroup], scores: ScoreMap, how: Channe
             conserves it (Yeom et al. 2021 prune filters by it).
 
     Returns:
-        Name of the group -> float32 of shape [channels]. NaN where a weight of unknown score is among them.
+        Name of the group -> float32 of shape [channels], over the layers whose weights are all known for that channel;
+        NaN where there is none.
 
     Raises:
         ValueError: No such way, or one that needs a sign that the scores have not.
@@ -54,7 +55,7 @@ def channel_scores(groups: Iterable[ChannelGroup], scores: ScoreMap, how: Channe
         if not known:
             found[group.name] = torch.full((len(group),), torch.nan)
             continue
-        found[group.name] = torch.stack([_of(part, scores, how) for part in known]).mean(0)
+        found[group.name] = torch.stack([_of(part, scores, how) for part in known]).nanmean(0)
     return found
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_xai_compress.plan import BitAllocation, CompressionPlan, Mask, ScoreMap
 from lightning_xai_compress.sizes import restoring, sizes_fitted
-from lightning_xai_compress.structure.channels import ChannelGroup, channel_mask, kept_entries
+from lightning_xai_compress.structure.channels import ChannelGroup, kept_entries
 
-__all__ = ["Kept", "shrunk", "shrunk_plan", "shrunk_scores", "shrunk_weights", "unlike"]
+__all__ = ["Kept", "shrunk", "shrunk_plan", "shrunk_scores", "shrunk_weights"]
 
 Kept = Mapping[str, Mapping[int, Tensor]]
 
@@ -74,46 +73,6 @@ def shrunk_scores(scores: ScoreMap, kept: Kept) -> ScoreMap:
     parts = ("score", "relevance", "sensitivity", "rms", "absolute", "positive", "standard_error")
     found: dict[str, Any] = {part: shrunk_weights(getattr(scores, part), kept) for part in parts}
     return replace(scores, **found)
-
-
-@torch.no_grad()
-def unlike(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    removed: Mapping[str, Tensor],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> str:
-    """Why the smaller module does not compute what the masked one does; "" where it does.
-
-    Args:
-        model: In evaluation mode.
-        groups, removed: As for `kept_entries`.
-        args, kwargs: Of its forward.
-    """
-    parts = {part.name for each in groups for part in each.slices}
-    weights = {name: each for name, each in model.named_parameters() if name in parts and each.dim() > 1}
-    mask = channel_mask(groups, removed, weights)
-    masked = {name: weight * mask[name] for name, weight in weights.items()}
-    expected = _tensors(torch.func.functional_call(model, masked, tuple(args), dict(kwargs)))
-    try:
-        with shrunk(model, groups, removed):
-            found = _tensors(model(*args, **kwargs))
-    except Exception as error:
-        return f"without some of them the model fails: {type(error).__name__}: {str(error)[:200]}"
-    for one, other in zip(expected, found, strict=True):
-        if one.shape != other.shape:
-            return f"without some of them the output has shape {tuple(other.shape)} for {tuple(one.shape)}"
-        if not torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max())):
-            return f"without some of them the output differs by {float((one - other).abs().max()):.2g}"
-    return ""
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    members = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for member in members for tensor in _tensors(member)]
 
 
 def _rows(values: Tensor, rows: Tensor | None) -> Tensor:

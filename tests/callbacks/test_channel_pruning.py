@@ -244,6 +244,72 @@ def test_a_file_with_fewer_channels_refuses_another_model_and_leaves_it_as_it_wa
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), before.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"first": nn.Conv2d(1, 16, 5, padding=2, bias=False)},
+        {"head": nn.Linear(64, 10)},
+        {"inner": nn.Conv2d(16, 32, 3, padding=1), "outer": nn.Conv2d(32, 16, 3, padding=1)},
+    ],
+    ids=["larger kernels", "more classes", "wider"],
+)
+def test_a_file_with_fewer_channels_refuses_a_model_of_other_sizes(tmp_path, change):
+    fit(tmp_path, [structured(tmp_path)], WideNet)
+    other = WideNet()
+    for name, layer in change.items():
+        setattr(other, name, layer)
+
+    with pytest.raises(ArtifactError, match="of a model of other sizes than this WideNet"):
+        load_compressed(tmp_path / "model.safetensors", other)
+
+
+@pytest.mark.parametrize("zero", ["head", "outer"])
+def test_a_model_that_begins_with_zeros_shows_its_mistakes_in_the_trial(tmp_path, zero):
+    class Mixed(WideNet):
+        """A softmax over the channels, which is another one without some of them."""
+
+        def __init__(self):
+            super().__init__()
+            nn.init.zeros_(getattr(self, zero).weight)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.first(x)))
+            x = x + self.outer(F.softmax(self.inner(x), 1))
+            return self.head(F.avg_pool2d(F.relu(self.second(x)), 3).permute(0, 2, 1, 3).flatten(1))
+
+    run = structured(tmp_path, channels={"macs": 0.8})
+
+    model, _ = fit(tmp_path, [run], Mixed)
+
+    assert any(entry.name == "inner.weight" and "differs" in entry.reason for entry in run.report.skipped)
+    small = load_compressed(tmp_path / "model.safetensors", Mixed())
+    assert small.head.in_features < 64
+    torch.testing.assert_close(logits(small), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_what_stays_for_its_unknown_relevance_counts_before_training(tmp_path):
+    class Gated(WideNet):
+        def forward(self, x):
+            x = F.relu(self.norm(self.first(x)))
+            x = self.second(x * torch.sigmoid(self.outer(F.relu(self.inner(x)))))
+            return self.head(F.avg_pool2d(F.relu(x), 3).flatten(1))
+
+    model = Gated()
+
+    with pytest.raises(ValueError, match=r"at least 0\.\d+ is left.*inner\.weight.*relevance is unknown"):
+        fit(tmp_path, [structured(tmp_path, channels={"macs": 0.2}, average_bits=8.0)], model)
+    assert model.losses == []
+
+
+def test_the_history_counts_the_bits_of_what_is_left(tmp_path):
+    run = structured(tmp_path, average_bits=4.0)
+
+    fit(tmp_path, [run], WideNet)
+
+    told = next(event["average_bits"] for event in run.report.history if event["event"] == "quantized")
+    assert told == pytest.approx(run.report.average_bits)
+
+
 def test_the_report_says_what_was_asked_for(tmp_path):
     run = structured(tmp_path)
     fit(tmp_path, [run], WideNet)
@@ -314,7 +380,7 @@ def test_a_model_that_cannot_be_shrunk_is_refused_by_name_before_training(tmp_pa
 
     model = Shuffled()
 
-    with pytest.raises(CompressionError, match=r"Shuffled (has no channels that can go \(|cannot be traced)"):
+    with pytest.raises(CompressionError, match=r"(channels that can go.*first\.weight|cannot be traced)"):
         fit(tmp_path, [structured(tmp_path, exclude=["inner", "outer"])], model)
     assert model.losses == []
 

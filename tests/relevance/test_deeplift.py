@@ -112,6 +112,7 @@ ELEMENTWISE = {
     "F.relu": F.relu, "F.relu by keyword": lambda x: F.relu(input=x, inplace=True), "torch.relu": torch.relu,
     "x.relu": lambda x: x.relu(), "x.relu_": lambda x: x.relu_(), "x.sigmoid_": lambda x: x.sigmoid_(),
     "x.tanh_": lambda x: x.tanh_(), "x.clamp": lambda x: x.clamp(min=0),
+    "x.clamp_": lambda x: x.clamp_(min=0), "x.abs_": lambda x: x.abs_(), "torch.exp_": torch.exp_,
     "torch.clamp_min": lambda x: torch.clamp_min(x, 0),
     "x.abs": lambda x: x.abs(), "exp": torch.exp, "square": torch.square, "x ** 3": lambda x: x**3,
     "torch.pow": lambda x: torch.pow(x, 2), "log1p": lambda x: x.abs().log1p(),

@@ -17,6 +17,7 @@ from lightning_xai_compress.structure import (
     kept_entries,
     shrunk,
     shrunk_plan,
+    undisturbed,
     unlike,
 )
 
@@ -191,7 +192,8 @@ def test_what_needs_an_excluded_layer_stays():
     groups, skipped = groups_of(*made(Residual), exclude=["outer"])
 
     assert groups == []
-    assert sum("outer, which is not compressed, shares them" in entry.reason for entry in skipped) == 2
+    staying = {entry.name for entry in skipped if "outer, which is not compressed, shares them" in entry.reason}
+    assert staying == {"stem.weight", "inner.weight", "outer.weight"}
 
 
 def test_what_the_graph_does_not_understand_shows_in_a_trial():
@@ -235,6 +237,101 @@ def test_of_a_flatten_after_a_permutation_one_other_order_is_right(axes, first):
     assert len(right) == 1
     assert next(part.index[0].tolist() for part in right[0].slices if part.name == "head.weight") == first
     assert not unlike(net, right, removed, (x,), {})
+
+
+class Offset(Shuffled):
+    """What is wrong is small beside a constant."""
+
+    def forward(self, x):
+        return super().forward(x) + 300
+
+
+@pytest.mark.parametrize("kind", [Shuffled, Offset])
+def test_a_trial_sees_a_mistake_that_zeros_or_a_constant_hide(kind):
+    net, x = made(kind)
+    nn.init.zeros_(net.head.weight)
+    groups, _ = groups_of(net, x)
+
+    assert groups
+    for group in groups:
+        assert unlike(net, [group], random_choice([group]), (x,), {})
+    assert not net.head.weight.any()
+
+
+def test_a_trial_that_shows_nothing_is_none():
+    class Hidden(Chain):
+        def forward(self, x):
+            return super().forward(x).detach() * 0
+
+    net, x = made(Chain)
+    groups, _ = groups_of(net, x)
+    hidden, _ = made(Hidden)
+
+    assert "nothing can be tried" in unlike(hidden, groups, random_choice(groups), (x,), {})
+
+
+def test_a_model_that_draws_numbers_is_tried_with_the_same_ones():
+    class Noisy(Chain):
+        def forward(self, x):
+            return super().forward(F.dropout(x, 0.5, training=True))
+
+    net, x = made(Noisy)
+    groups, _ = groups_of(net, x)
+
+    assert not unlike(net, groups, random_choice(groups), (x,), {})
+
+
+def test_what_forward_passes_do_to_buffers_does_not_last():
+    net = nn.BatchNorm1d(3)
+    before = copy.deepcopy(net.state_dict())
+    state = torch.get_rng_state()
+
+    with undisturbed(net):
+        net(torch.randn(5, 3))
+        assert int(net.num_batches_tracked) == 1
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["gate", "spread"])
+def test_a_single_channel_that_meets_all_of_another_layer_keeps_them(kind):
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.gate, self.head = nn.Conv2d(1, 16, 1), nn.Conv2d(16, 1, 1), nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = F.relu(self.first(x))
+            gate = self.gate(x)
+            return self.head((x * gate.sigmoid() if kind == "gate" else x + gate).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net, x = Gate().eval(), torch.randn(2, 1, 4, 4)
+
+    groups, skipped = groups_of(net, x)
+
+    named = {entry.name for entry in skipped}
+    for weight in ("first.weight", "gate.weight"):
+        assert weight in named or any(len(group) == 16 and group.name == weight for group in groups)
+
+
+def test_a_layer_of_two_names_loses_channels():
+    class Alias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 16, 1), nn.Linear(16, 3)
+            self.features = nn.Sequential(self.conv, nn.ReLU())
+
+        def forward(self, x):
+            return self.head(self.features(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net, x = Alias().eval(), torch.randn(2, 1, 4, 4)
+    groups, _ = groups_of(net, x)
+
+    assert [group.name for group in groups] == ["conv.weight"]
+    assert not unlike(net, groups, random_choice(groups), (x,), {})
 
 
 def test_nothing_is_read_otherwise_where_nothing_is_flattened():
