@@ -52,8 +52,8 @@ def find_channels(
             found = [*graph.get_all_groups(root_module_types=[_ConvNd, nn.Linear])]
     except Exception as error:
         raise CompressionError(
-            f"{type(model).__name__} cannot be traced for structure='channel', which needs a forward that returns tensors, "
-            f"or lists, tuples or mappings of them, and that depends on its weights: {type(error).__name__}: {error}"
+            f"{type(model).__name__} cannot be traced for structure='channel', which needs a forward that returns "
+            f"tensors, or lists, tuples or mappings of them: {type(error).__name__}: {error}"
         ) from error
     names = {id(module): name for name, module in model.named_modules()}
     tied = _tied(model)
