@@ -347,7 +347,7 @@ def test_a_model_that_cannot_be_traced_is_refused():
         def forward(self, x):
             return self.layer(x).detach().numpy()
 
-    with pytest.raises(CompressionError, match="Odd cannot be traced .* needs a forward that returns tensors"):
+    with pytest.raises(CompressionError, match=r"Odd cannot be traced .* needs a forward that returns tensors"):
         find_channels(Odd(), (torch.randn(2, 4),), {}, ["layer.weight"])
 
 
