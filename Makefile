@@ -21,7 +21,7 @@ test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope
 
 test-slow: $(STAMP) $(FASHION_MNIST)
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2 --dist loadscope
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
 
 # Hours in all, resumable at any time, and in parts: make benchmark ONLY='cnn/*' JOBS=2
 benchmark: $(STAMP) $(FASHION_MNIST)

@@ -75,6 +75,7 @@ def test_the_smallest_state_trains_to_the_end_and_its_latest_validation_counts(t
     assert callback.report.budget.startswith("max_drop: +4.00 of 5 points lost")
 
 
+@pytest.mark.slow
 def test_where_the_last_validation_fails_the_one_before_counts(tmp_path):
     class Falling(GradedNet):
         def log(self, name, value, *args, **kwargs):
@@ -95,6 +96,7 @@ def test_where_the_last_validation_fails_the_one_before_counts(tmp_path):
     assert all(torch.equal(loaded[name], each) for name, each in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_steps_get_finer_where_they_went_too_far(tmp_path):
     callback = graded(tmp_path)
 
@@ -119,6 +121,7 @@ def test_a_budget_that_nothing_keeps_says_by_how_much_and_keeps_the_best(tmp_pat
     assert callback.report.compressed.bytes < callback.report.dense.bytes
 
 
+@pytest.mark.slow
 def test_an_error_is_a_metric_that_should_fall(tmp_path):
     class Error(GradedNet):
         def log(self, name, value, *args, **kwargs):
@@ -132,6 +135,7 @@ def test_an_error_is_a_metric_that_should_fall(tmp_path):
     assert callback.report.budget.startswith("max_drop: +0.00 of 5 points lost")
 
 
+@pytest.mark.slow
 def test_a_torchmetrics_metric_is_measured_from_the_first_batch_on(tmp_path):
     callback = budgeted(tmp_path, max_drop=2.0, metric=MulticlassAccuracy(4, average="micro"), warmup=3)
 
@@ -150,6 +154,7 @@ def uninterrupted(tmp_path_factory):
     return callback, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [2, 7, 11])
 def test_a_resumed_fit_goes_through_the_same_rounds(tmp_path, uninterrupted, epochs):
     whole, model = uninterrupted

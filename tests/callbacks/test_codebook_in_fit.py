@@ -121,6 +121,7 @@ def test_what_k_means_is_weighted_by_changes_the_values(tmp_path, sensitivity):
     assert len(model.head.weight.unique()) <= 15
 
 
+@pytest.mark.slow
 def test_more_relevance_gets_more_values_under_a_budget(tmp_path):
     run = budgeted(tmp_path, target_size=0.08, quantization=CODEBOOK, bits=(2, 3, 4, 6))
 

@@ -18,6 +18,7 @@ from lightning_xai_compress.formats import load_compressed
 from distributed_runs import TokenNet, Tokens
 from toy import Corners, ToyNet, fit
 
+pytestmark = pytest.mark.xdist_group("distributed")  # fits are launched once for many tests
 TESTS = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(__file__).with_name("distributed_runs.py")
 TWO_GPUS = pytest.param(

@@ -24,6 +24,7 @@ SETTINGS = {
         "relevance_epochs": [1, 3, 5],
     },
 }
+pytestmark = pytest.mark.xdist_group("killed")  # the uninterrupted fit is run once for many tests
 # batches 0-7 are warm-up, 8-18 pruning (a step at 8, 9, 11, 13, 15, 17), quantized from 19 to 31
 MOMENTS = {
     "warm-up": ("on_train_batch_end", 6),

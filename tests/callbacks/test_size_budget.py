@@ -101,6 +101,7 @@ def test_a_trial_of_one_batch_goes_through_every_phase(tmp_path, settings):
     assert callback.report.budget
 
 
+@pytest.mark.slow
 def test_every_validated_state_stands_in_the_report_with_its_bytes(tmp_path):
     callback = budgeted(tmp_path, target_size=0.1, metric="val_acc")
 
@@ -125,6 +126,7 @@ def test_an_estimate_is_printed_before_training(tmp_path, capsys):
     assert estimate == pytest.approx(2.5, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_meets_the_size_with_the_weights_of_the_uninterrupted_one(tmp_path):
     whole, _ = fit(tmp_path / "whole", [budgeted(tmp_path / "whole", target_size=0.1)], model=WideNet)
 
@@ -189,6 +191,7 @@ def test_a_budget_alone_says_which_stages_it_needs(tmp_path):
         fit(tmp_path, [SizeBudget(0.1), CompressedExport(export_dir=str(tmp_path))], model=ToyNet)
 
 
+@pytest.mark.slow
 def test_a_pass_that_fails_while_corrections_are_made_ends_the_compression_and_not_the_fit(tmp_path, monkeypatch):
     passes, training_samples = [], Scorer.training_samples
 

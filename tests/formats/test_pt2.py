@@ -282,6 +282,7 @@ save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), CompressionPlan(Mask({})), sy
 """
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(tmp_path):
     for seed in ("1", "2"):
         command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / seed)]
