@@ -23,10 +23,10 @@ from fashion_fit import checkpoint, fit_base, network, prepare
 from fashion_grid import FULL, QUICK, Recipe
 from fashion_tasks import CONTROL, DENSE, Base
 
-__all__ = ["MODELS", "NOISE", "SHORT", "Case", "Study", "evaluate", "gain", "mean_of", "summary"]
+__all__ = ["MODELS", "NOISE", "Case", "Study", "evaluate", "gain", "mean_of", "summary"]
 
 NOISE = 0.3  # points that a difference has to exceed
-SHORT = 3  # epochs
+_SHORT = 3  # epochs
 MODELS = ("cnn", "resnet", "pitch")
 PITCH = Recipe(  # rate by validation without compression: 99.5 % within 50 cents, 99.0 % with 0.001
     batch_size=64, learning_rate=0.003, train_samples=4_096, val_samples=4_096, test_samples=4_096, distillation=None
@@ -109,7 +109,7 @@ class Study:
 
     def recipe_of(self, case: Case) -> Recipe:
         """The same for all that are compared."""
-        epochs = self.recipe.epochs if case.kind in self.long else min(SHORT, self.recipe.epochs)
+        epochs = self.recipe.epochs if case.kind in self.long else min(_SHORT, self.recipe.epochs)
         if case.model != "pitch":
             return replace(self.recipe, epochs=epochs)
         return replace(PITCH, epochs=epochs, train_samples=min(PITCH.train_samples, self.recipe.train_samples))

@@ -88,8 +88,8 @@ def _compared(
             return f"without some of them the output has shape {tuple(other.shape)} for {tuple(one.shape)}"
         if not one.numel() or not one.is_floating_point():
             continue
-        change, rounding = float((before - one).abs().max()), float(one.abs().max()) * _ROUNDING
-        rounding *= torch.finfo(one.dtype).eps
+        change = float((before - one).abs().max())
+        rounding = _ROUNDING * torch.finfo(one.dtype).eps * float(one.abs().max())
         seen |= change > _SEEN * rounding
         difference = float((one - other).abs().max())
         if not difference <= _SHARE * change + rounding:
@@ -114,7 +114,6 @@ def _masked(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[s
 def _draw(model: nn.Module) -> None:
     """Weights that let everything through: none zero, none so small that nobody sees it."""
     draw = torch.Generator().manual_seed(0)
-
     made: dict[int, nn.Parameter] = {}
 
     def drawn(tensor: Tensor) -> Tensor:
