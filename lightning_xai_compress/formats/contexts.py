@@ -76,34 +76,36 @@ def level_count(width: int, mode: int) -> int:
 
 
 def frequencies(levels: Ints, width: int, mode: int) -> Floats:
-    """Turn levels into integer frequencies, float64 of shape [symbols]."""
+    """Turn levels [..., levels] into integer frequencies, float64 of shape [..., symbols]."""
     octave, step = np.divmod(np.maximum(levels, 1) - 1, len(_STEPS))
     each = np.where(levels > 0, np.asarray(_STEPS, np.int64)[step] << octave, 0).astype(np.float64)
-    if not each.any():
+    if not each.any(-1).all():
         raise ValueError("an empty table")
-    return each[_bins(width, mode)]
+    return each[..., _bins(width, mode)]
 
 
-def _levels(histogram: Floats, width: int, mode: int) -> Ints:
+def _levels(histograms: Floats, width: int, mode: int) -> Ints:
     bins = _bins(width, mode)
-    density = np.bincount(bins, histogram) / np.bincount(bins)
+    members = (bins[:, None] == np.arange(level_count(width, mode))).astype(np.float64)
+    density = histograms @ members / members.sum(0)
     with np.errstate(divide="ignore"):
-        below = np.rint(len(_STEPS) * np.log2(density / density.max()))
+        below = np.rint(len(_STEPS) * np.log2(density / density.max(-1, keepdims=True)))
     return np.where(density > 0, np.clip(LEVELS - 1 + below, 1, None), 0).astype(np.int64)
 
 
 def costs(frequency: Floats) -> Floats:
-    """Bits of each symbol, in whole 1024ths: sums of these are exact, so that every machine chooses alike."""
+    """Bits of each symbol [..., symbols], in whole 1024ths: sums are exact, so that every machine chooses alike."""
     with np.errstate(divide="ignore"):
-        bits = -np.log2(frequency / frequency.sum())
+        bits = -np.log2(frequency / frequency.sum(-1, keepdims=True))
     rounded: Floats = np.rint(np.minimum(bits, _ABSENT_BITS) * 1024) / 1024
     return rounded
 
 
-def table_bits(levels: Ints) -> float:
-    """About what a table takes, in whole bits."""
+def table_bits(levels: Ints) -> Floats:
+    """About what tables [..., levels] take, in whole bits."""
     steps = np.abs(np.diff(levels, prepend=LEVELS - 1))
-    return float(np.rint((2 + 2 * np.log2(1 + np.minimum(steps, LEVELS - steps))).sum()))
+    bits: Floats = np.rint((2 + 2 * np.log2(1 + np.minimum(steps, LEVELS - steps))).sum(-1))
+    return bits
 
 
 def plan_contexts(
@@ -121,10 +123,9 @@ def plan_contexts(
         histograms = np.concatenate([row_histograms(values[own == width], width) for values, own in blocks])
         chosen = _group(histograms, width)
         labels[rows] = chosen + len(contexts)
-        for label in range(int(chosen.max()) + 1):
-            mode, levels, _ = _table(histograms[chosen == label].sum(0), width)
-            contexts.append((width, mode))
-            tables.append(levels)
+        modes, levels, _ = _tables(_sums(histograms, chosen), width)
+        contexts += [(width, int(mode)) for mode in modes]
+        tables += [levels[mode][label] for label, mode in enumerate(modes)]
     ends = np.cumsum([len(own) for _, own in blocks])
     return contexts, tables, np.split(labels, ends[:-1]) if blocks else []
 
@@ -138,16 +139,28 @@ def row_histograms(values: NDArray[np.int8], width: int) -> Floats:
     return counts
 
 
-def _table(histogram: Floats, width: int) -> tuple[int, Ints, float]:
-    """Choose the mode that costs least, its table included: mode, levels, bits."""
-    best: tuple[int, Ints, float] | None = None
-    for mode in range(1 if width == BITMAP else len(MODES)):
-        levels = _levels(histogram, width, mode)
-        bits = float(histogram @ costs(frequencies(levels, width, mode))) + table_bits(levels)
-        if best is None or bits < best[2]:
-            best = (mode, levels, bits)
-    assert best is not None
-    return best
+def _sums(histograms: Floats, labels: Ints) -> Floats:
+    """Histograms of groups, shape [groups, symbols]."""
+    members = (labels == np.arange(labels.max() + 1)[:, None]).astype(np.float64)
+    sums: Floats = members @ histograms
+    return sums
+
+
+def _tables(histograms: Floats, width: int) -> tuple[Ints, list[Ints], Floats]:
+    """Choose the mode that costs each group least, its table included.
+
+    Returns:
+        The modes [groups], levels [groups, levels] of each mode, and the groups' bits [groups].
+    """
+    modes = range(1 if width == BITMAP else len(MODES))
+    levels = [_levels(histograms, width, mode) for mode in modes]
+    bits = np.stack(
+        [
+            (histograms * costs(frequencies(each, width, mode))).sum(1) + table_bits(each)
+            for mode, each in zip(modes, levels, strict=True)
+        ]
+    )
+    return bits.argmin(0), levels, bits.min(0)
 
 
 def _group(histograms: Floats, width: int) -> Ints:
@@ -163,22 +176,27 @@ def _group(histograms: Floats, width: int) -> Ints:
         labels[order] = np.arange(len(order)) * groups // len(order)
         if groups > 1 and not density.all():
             labels = np.where(density > 0, np.maximum(labels, 1), 0)
+        labels = _without_gaps(labels)
         for _ in range(_ROUNDS if groups > 1 else 0):
-            labels = np.unique(labels, return_inverse=True)[1]
-            distance = np.stack([_row_costs(histograms, labels == label) for label in range(int(labels.max()) + 1)], 1)
-            labels = distance.argmin(1)
-        labels = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+            before, labels = labels, _without_gaps(_distances(histograms, labels).argmin(1))
+            if np.array_equal(before, labels):
+                break
         sizes = np.bincount(labels)
-        bits = sum(_table(histograms[labels == label].sum(0), width)[2] for label in range(len(sizes)))
+        bits = float(_tables(_sums(histograms, labels), width)[2].sum())
         bits += float(np.rint(-(sizes * np.log2(sizes / sizes.sum())).sum()))
         if bits < least:
             best, least = labels, bits
     return best
 
 
-def _row_costs(histograms: Floats, members: NDArray[np.bool_]) -> Floats:
-    """Bits that every row would take in a group of these members, its label included."""
-    own = histograms[members].sum(0)
-    smooth = own if own[own > 0].size == 1 else own * 64 + 1
-    distance: Floats = histograms @ costs(smooth) - np.rint(1024 * np.log2(members.mean())) / 1024
+def _without_gaps(labels: Ints) -> Ints:
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+
+def _distances(histograms: Floats, labels: Ints) -> Floats:
+    """Bits that every row would take in each group, the label included, of shape [rows, groups]."""
+    own = _sums(histograms, labels)
+    smooth = np.where((own > 0).sum(1, keepdims=True) == 1, own, own * 64 + 1)
+    label_bits = -np.rint(1024 * np.log2(np.bincount(labels) / len(labels))) / 1024
+    distance: Floats = histograms @ costs(smooth).T + label_bits
     return distance
