@@ -42,6 +42,7 @@ __all__ = [
     "load_dense",
     "network",
     "prepare",
+    "scoring_of",
     "train",
     "trainer_of",
 ]
@@ -165,11 +166,9 @@ def fit_run(run: Run, recipe: Recipe, cache: Path) -> RunResult:
 
 def compression_of(run: Run, recipe: Recipe, folder: Path) -> XAICompression:
     """The callback of a run."""
-    settings = settings_of(run)
+    settings = settings_of(run) | {"scoring": scoring_of(recipe)}
     if settings.get("metric") == MEASURED:
         settings["metric"] = MulticlassAccuracy(10, average="micro")
-    if recipe.scoring_samples is not None:
-        settings["scoring"] = Scoring(samples=recipe.scoring_samples)
     if recipe.pruning_steps is not None:
         settings["pruning"] = Pruning(steps=recipe.pruning_steps)
     return XAICompression(export_dir=str(folder), **common_settings(recipe), **settings)
@@ -183,6 +182,13 @@ def common_settings(recipe: Recipe) -> dict[str, Any]:
         "files": Files(float16=True, merge_batchnorm=True),
         "distillation": None if recipe.distillation is None else Distillation(recipe.distillation, module=""),
     }
+
+
+def scoring_of(recipe: Recipe, **settings: Any) -> Scoring:
+    """Of as many samples as the recipe says."""
+    if recipe.scoring_samples is not None:
+        settings["samples"] = recipe.scoring_samples
+    return Scoring(**settings)
 
 
 def network(name: str, seed: int, **settings: float) -> Network:

@@ -4,9 +4,9 @@
                                        [--output FILE.json] [--cache FOLDER]
 
 Networks of Fashion-MNIST start from the dense checkpoints of `fashion_bench.py`, and "pitch" is the tracker of
-`pitch.py` as it was published. Everything trains on for the same 3 epochs by the same recipe, the last of them on the
-shared values; nothing is pruned. Accuracies are those of the file read back, on the validation data, by which choices
-are made, and on the test data, read once. "drop" is against the same epochs without compression.
+`pitch.py` as it was published. Images train on for the same single epoch and tones for 3, by the same recipe, the last
+third on the shared values; nothing is pruned. Accuracies are those of the file read back, on the validation data, by
+which choices are made, and on the test data, read once. "drop" is against the same epochs without compression.
 
 | kind | what |
 |---|---|
@@ -22,11 +22,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_xai_compress import Quantization, Scoring, XAICompression, load_compressed
+from lightning_xai_compress import Quantization, XAICompression, load_compressed
 from lightning_xai_compress.report import dense_bytes
 
 from fashion_cases import MODELS, Case, Study, evaluate, gain, mean_of
-from fashion_fit import common_settings, fit_base, load_dense, network, train
+from fashion_fit import common_settings, fit_base, load_dense, network, scoring_of, train
 from fashion_grid import Recipe
 from fashion_tasks import CONTROL, Base
 
@@ -49,7 +49,7 @@ def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:
     control = fit_base(Base(case.model, case.seed, CONTROL), recipe, cache)
     dense, folder = dense_bytes(net), case.folder(cache, "sharing")
     name, _, late = case.kind.partition(":")
-    settings = common_settings(recipe) | ({"pruning_end": _LATE} if late else {})
+    settings = common_settings(recipe) | {"scoring": scoring_of(recipe)} | ({"pruning_end": _LATE} if late else {})
     quantization = Quantization(quantizer="codebook", bits_per="layer")
     if name == "grid":
         quantization = Quantization()
@@ -58,7 +58,7 @@ def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:
     else:
         quantization = replace(quantization, sensitivity=name)  # type: ignore[arg-type]
     if name == "absolute":
-        settings["scoring"] = Scoring(statistics=("rms", "absolute"))
+        settings["scoring"] = scoring_of(recipe, statistics=("rms", "absolute"))
     compression = XAICompression(
         sparsity=0.0, bits=(4,), average_bits=4.0, quantization=quantization, export_dir=str(folder), **settings
     )

@@ -36,7 +36,6 @@ from lightning_xai_compress.structure import (
     flattened_otherwise,
     kept_entries,
     macs_of,
-    relative,
     select_channels,
     shrunk,
     undisturbed,
@@ -287,7 +286,7 @@ class ChannelPruning(CompressionCallback, Stage):
         cost = self._cost()
         self.removed = select_channels(
             self._groups,
-            relative(channel_scores(self._groups, scores, self.channels.score)),
+            channel_scores(self._groups, scores, self.channels.score),
             cost,
             share,
             previous=self.removed,

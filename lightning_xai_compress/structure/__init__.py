@@ -8,7 +8,6 @@ from lightning_xai_compress.structure.importance import (
     ChannelScore,
     channel_scores,
     check_channel_score,
-    relative,
 )
 from lightning_xai_compress.structure.selection import select_channels
 from lightning_xai_compress.structure.shrinking import (
@@ -35,7 +34,6 @@ __all__ = [
     "flattened_otherwise",
     "kept_entries",
     "macs_of",
-    "relative",
     "select_channels",
     "shrunk",
     "shrunk_plan",

@@ -97,6 +97,15 @@ class Cost:
                 self.now += self._of(part.name)
         return self.share
 
+    def saving(self, group: str) -> float:
+        """Share of the total that one more channel of a group would save."""
+        before = self.now
+        self.remove(group, 1)
+        after = self.now
+        self.remove(group, -1)
+        self.now = before  # to the last digit
+        return (before - after) / self.total if self.total else 0.0
+
     @property
     def share(self) -> float:
         """Of the total, in [0, 1]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_xai_compress.plan import ScoreMap
 from lightning_xai_compress.structure.channels import ChannelGroup, ChannelSlice
 
-__all__ = ["CHANNEL_SCORES", "ChannelScore", "channel_scores", "check_channel_score", "relative"]
+__all__ = ["CHANNEL_SCORES", "ChannelScore", "channel_scores", "check_channel_score"]
 
 ChannelScore = Literal["sum", "mean", "rms", "output"]
 CHANNEL_SCORES: tuple[str, ...] = get_args(ChannelScore)
@@ -30,16 +30,21 @@ def check_channel_score(score: object) -> None:
 def channel_scores(groups: Iterable[ChannelGroup], scores: ScoreMap, how: ChannelScore = "sum") -> dict[str, Tensor]:
     """Score channels by the weights that make them.
 
+    Relevance is conserved from layer to layer, so every layer has an importance of 1 to share out among its channels.
+    Where several layers make the same channels (a residual stream), what passes through a channel is the sum of what
+    they put there.
+
     Args:
-        groups: Coupled channels; where several layers make them, the mean over these layers counts.
+        groups: Coupled channels.
         scores: Of the weights.
-        how: "sum", "mean" or "rms" (root of the mean square) of the scores of the weights of its filter; or "output":
-            the absolute value of their summed relevance, which is the relevance of the channel itself as far as a rule
-            conserves it (Yeom et al. 2021 prune filters by it).
+        how: "sum", "mean" (the same, as a share of the layer) or "rms" (root of the mean square) of the scores of the
+            weights of its filter; or "output": the absolute value of their summed relevance, which is the relevance of
+            the channel itself as far as a rule conserves it (Yeom et al. 2021 prune filters by it).
 
     Returns:
-        Name of the group -> float32 of shape [channels], over the layers whose weights are all known for that channel;
-        NaN where there is none.
+        Name of the group -> float32 of shape [channels], >= 0: the sum of a channel's shares in the layers that make
+        it. A layer whose weights are not all known for a channel counts like the mean of the others; NaN where there is
+        none.
 
     Raises:
         ValueError: No such way, or one that needs a sign that the scores have not.
@@ -55,8 +60,13 @@ def channel_scores(groups: Iterable[ChannelGroup], scores: ScoreMap, how: Channe
         if not known:
             found[group.name] = torch.full((len(group),), torch.nan)
             continue
-        found[group.name] = torch.stack([_of(part, scores, how) for part in known]).nanmean(0)
+        shares = torch.stack([_shares(_of(part, scores, how)) for part in known])
+        found[group.name] = shares.nanmean(0) * len(group.makers)
     return found
+
+
+def _shares(values: Tensor) -> Tensor:
+    return values / values.nansum().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _of(part: ChannelSlice, scores: ScoreMap, how: ChannelScore) -> Tensor:
@@ -65,10 +75,5 @@ def _of(part: ChannelSlice, scores: ScoreMap, how: ChannelScore) -> Tensor:
     if how == "rms":
         return filters.square().mean(1).sqrt().cpu()
     if how == "mean":
-        return filters.mean(1).cpu()
+        return filters.mean(1).abs().cpu()
     return filters.sum(1).abs().cpu()
-
-
-def relative(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores over the mean of their group, so that those of layers with few and with many weights compare."""
-    return {name: each / each.nanmean().clamp(min=torch.finfo(each.dtype).tiny) for name, each in scores.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,9 @@ from lightning_xai_compress.structure.cost import Cost
 __all__ = ["select_channels"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Block:
-    score: float
+    loss: float
     group: str
     channels: Tensor
 
@@ -32,14 +32,17 @@ def select_channels(
     multiple: int = 8,
     floor: float = 0.1,
 ) -> dict[str, Tensor]:
-    """Let the least important channels go until no more than a share of a measure is left.
+    """Let the channels go that matter least for what they cost, until no more than a share of a measure is left.
 
-    Channels go in blocks, so that those that stay are a multiple of 8, say, which kernels are fast at: a block is as
-    important as its channels on average. Ties go by name of the group, then by index.
+    Those of the smallest score for each share of the cost that is saved go first, which solves the knapsack but for
+    its last items (Dantzig 1957; Shen et al. 2022 weigh channels' importance against latency so): where the last one
+    saves more than is needed, others stay instead. Channels go in blocks, so that those that stay are a multiple of 8,
+    say, which kernels are fast at. Ties go by name of the group, then by index.
 
     Args:
         groups: What may go.
-        scores: Of shape [channels] by name of the group, from `channel_scores`; a channel of unknown score (NaN) stays.
+        scores: Of shape [channels], >= 0, by name of the group, from `channel_scores`; a channel of unknown score
+            (NaN) stays.
         cost: Of everything, nothing removed yet; it is used up.
         share: Of the total, in (0, 1].
         previous: What has gone before, and stays away.
@@ -57,22 +60,50 @@ def select_channels(
         removed[name] = gone.clone()
         if bool(gone.any()):
             cost.remove(name, int(gone.sum()))
-    blocks = [block for group in groups for block in _blocks(group, scores[group.name], removed, multiple, floor)]
-    for block in sorted(blocks, key=lambda block: block.score):  # stable
+    losses = {group.name: _divided(scores[group.name], cost.saving(group.name)) for group in groups}
+    blocks = [block for group in groups for block in _blocks(group, losses[group.name], removed, multiple, floor)]
+    taken: list[_Block] = []
+    for block in sorted(blocks, key=lambda block: block.loss):  # stable
         if cost.share <= share:
             break
-        removed[block.group][block.channels] = True
         cost.remove(block.group, len(block.channels))
+        taken.append(block)
+    for block in _not_needed(taken, cost, share):
+        taken.remove(block)
+    for block in taken:
+        removed[block.group][block.channels] = True
     return removed
 
 
+def _not_needed(taken: Sequence[_Block], cost: Cost, share: float) -> list[_Block]:
+    """Where the last block saved more than was needed, others can stay, those of most loss first."""
+    spared: list[_Block] = []
+    needed: set[str] = set()  # groups of which a worse block has to go
+    for block in reversed(taken):
+        if block.group in needed:
+            continue
+        before = cost.now
+        if cost.remove(block.group, -len(block.channels)) <= share:
+            spared.append(block)
+        else:
+            cost.remove(block.group, len(block.channels))
+            cost.now = before  # to the last digit
+            needed.add(block.group)
+    return spared
+
+
+def _divided(scores: Tensor, saving: float) -> Tensor:
+    """By the share of the cost that a channel saves; last where that is nothing, NaN where unknown."""
+    return scores / saving if saving > 0 else torch.where(scores.isnan(), scores, math.inf)
+
+
 def _blocks(
-    group: ChannelGroup, scores: Tensor, removed: Mapping[str, Tensor], multiple: int, floor: float
+    group: ChannelGroup, losses: Tensor, removed: Mapping[str, Tensor], multiple: int, floor: float
 ) -> list[_Block]:
-    """Least important first; each at least as important as the one before, since it can only follow it."""
+    """Those of least loss first; each of no less than the one before, since it can only follow it."""
     kept = (~removed[group.name]).nonzero().squeeze(1)
-    order = kept[scores[kept].sort(stable=True).indices]
-    known = order[~scores[order].isnan()]
+    order = kept[losses[kept].sort(stable=True).indices]
+    known = order[~losses[order].isnan()]
     size = multiple if len(group) >= 2 * multiple else 1
     least = max(size, math.ceil(floor * len(group) - 1e-9))
     found: list[_Block] = []
@@ -82,6 +113,6 @@ def _blocks(
         if left - count < least or at + count > len(known):
             return found
         channels = known[at : at + count]
-        worst = max(worst, float(scores[channels].mean()))
+        worst = max(worst, float(losses[channels].mean()))
         found.append(_Block(worst, group.name, channels))
         left, at = left - count, at + count

@@ -10,7 +10,6 @@ from lightning_xai_compress.structure import (
     Cost,
     channel_scores,
     macs_of,
-    relative,
     select_channels,
     shrunk,
 )
@@ -41,12 +40,10 @@ def test_a_channel_is_worth_what_its_weights_are():
     def of(one, how):
         return channel_scores([one], found, how)["a"].tolist()
 
-    assert of(alone, "sum") == [4, 4]
-    assert of(alone, "mean") == [2, 2]
-    assert of(alone, "rms") == [pytest.approx(5**0.5), pytest.approx(8**0.5)]
-    assert of(alone, "output") == [2, 4]
-    assert of(both, "sum") == [3, 5]  # the mean over the layers that make it
-    assert relative({"a": torch.tensor([1.0, 3.0])})["a"].tolist() == [0.5, 1.5]
+    assert of(alone, "sum") == of(alone, "mean") == [0.5, 0.5]
+    assert of(alone, "rms") == [pytest.approx(5**0.5 / (5**0.5 + 8**0.5)), pytest.approx(8**0.5 / (5**0.5 + 8**0.5))]
+    assert of(alone, "output") == [pytest.approx(2 / 6), pytest.approx(4 / 6)]
+    assert of(both, "sum") == [0.75, 1.25]  # what both layers put there
 
 
 def test_a_users_of_a_channel_do_not_score_it():
@@ -56,7 +53,19 @@ def test_a_users_of_a_channel_do_not_score_it():
 
     found = channel_scores(groups, scores)["inner.weight"]
 
-    torch.testing.assert_close(found, scores.score["inner.weight"].flatten(1).sum(1))
+    filters = scores.score["inner.weight"].flatten(1).sum(1)
+    torch.testing.assert_close(found, filters / filters.sum())
+
+
+def test_a_layer_that_does_not_know_a_channel_counts_like_the_others_mean():
+    scores = {"a": torch.tensor([[1.0], [3.0]]), "b": torch.tensor([[torch.nan], [1.0]])}
+    found = ScoreMap(scores, scores, scores, 1)
+    place = torch.tensor([[0], [1]])
+    parts = [ChannelSlice(name, 0, place, makes=True) for name in ("a", "b", "never scored")]
+
+    worth = channel_scores([ChannelGroup("a", tuple(parts))], found)["a"]
+
+    assert worth.tolist() == [0.75, pytest.approx((0.75 + 1) / 2 * 3)]
 
 
 def test_an_unknown_weight_makes_its_channel_unknown_which_stays():
@@ -125,6 +134,49 @@ def test_the_least_important_go_first_whatever_their_group():
     assert removed["a"].tolist() == [True, False, True, False]
     assert removed["b"].tolist() == [True, True, False, False]
     assert cost.share == 0.5
+
+
+@pytest.mark.parametrize("price", [1.0, 7.0])
+def test_what_saves_more_goes_before_what_matters_as_little(price):
+    groups = [group("cheap", 4), group("dear", 4), group("free", 4)]
+    shapes = {"cheap": (4, 2), "dear": (4, 10), "free": (4, 10)}
+    cost = Cost(groups, shapes, {"cheap": price, "dear": price})
+    worth = {"cheap": torch.tensor([0.1, 0.3, 0.3, 0.3]), "dear": torch.full((4,), 0.25), "free": torch.zeros(4)}
+    assert [cost.saving(each.name) for each in groups] == [pytest.approx(2 / 48), pytest.approx(10 / 48), 0]
+
+    removed = select_channels(groups, worth, cost, 0.5, multiple=1, floor=0)
+
+    # for each 48th: 0.025 of "dear", 0.05 and 0.15 of "cheap"; nothing is saved by what is free
+    assert {name: gone.tolist() for name, gone in removed.items()} == {
+        "cheap": [False] * 4,
+        "dear": [True, True, True, False],
+        "free": [False] * 4,
+    }
+    assert cost.share == pytest.approx(18 / 48)
+
+
+def test_what_the_last_one_makes_needless_stays():
+    groups = [group("many", 10), group("one", 2)]
+    shapes = {"many": (10, 1), "one": (2, 40)}
+    cost = Cost(groups, shapes, {"many": 1.0, "one": 1.0})
+    worth = {"many": torch.tensor([*[0.01] * 3, *[10.0] * 7]), "one": torch.tensor([1.0, 9.0])}
+
+    removed = select_channels(groups, worth, cost, 0.55, multiple=1, floor=0)
+
+    # three of "many" are 3 of 90, and one of "one" is 40 more; with 41 gone 49 are left, and 0.55 of 90 are 49.5
+    assert removed["many"].nonzero().flatten().tolist() == [0]
+    assert removed["one"].tolist() == [True, False]
+    assert cost.now == 49
+
+
+def test_asking_for_a_saving_changes_nothing():
+    _, cost = cost_of(("a", 3), ("b", 7), price=1 / 3)
+    before = cost.now
+
+    for _ in range(100):
+        cost.saving("a")
+
+    assert cost.now == before
 
 
 def test_what_stays_is_a_round_number_and_what_is_gone_stays_away():
