@@ -23,7 +23,7 @@ from fashion_fit import checkpoint, fit_base, network, prepare
 from fashion_grid import FULL, QUICK, Recipe
 from fashion_tasks import CONTROL, DENSE, Base
 
-__all__ = ["MODELS", "NOISE", "Case", "Study", "evaluate", "gain", "mean_of", "summary"]
+__all__ = ["MODELS", "NOISE", "Case", "Study", "evaluate", "gain", "lead", "mean_of", "summary"]
 
 NOISE = 0.3  # points that a difference has to exceed
 MODELS = ("cnn", "resnet", "pitch")
@@ -137,11 +137,13 @@ class Study:
                 self.results.add("runs", key, **future.result())
                 print(key, self.runs[key], flush=True)
 
-    def tell(self, checks: Mapping[str, float]) -> None:
-        """Write the figures, and print them."""
+    def tell(self, checks: Mapping[str, float], default: str) -> None:
+        """Write the figures, and print them and what the default is ahead of the others."""
         self.results.content.pop("checks", None)
         self.results.add("checks", **checks)
-        print(summary(self.runs))
+        print(f"{summary(self.runs)}\n\n{lead(self.runs, default)}\n")
+        for key, times in self.results.content["latency"].items():
+            print(f"{key}: {', '.join(f'{name} {value:.2f}' for name, value in times.items())} of dense")
         print(json.dumps(checks, indent=1))
 
 
@@ -171,6 +173,14 @@ def gain(runs: Mapping[str, Mapping[str, float]], model: str, ours: str, theirs:
         return None
     mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
     return mean, abs(mean) > max(NOISE, 2 * error)
+
+
+def lead(runs: Mapping[str, Mapping[str, float]], default: str) -> str:
+    """A row a network and rival: mean of the paired differences in points, with a star where it is more than noise."""
+    pairs = dict.fromkeys((Case.read(key).model, Case.read(key).kind) for key in runs)
+    gains = {pair: gain(runs, pair[0], default, pair[1]) for pair in pairs if pair[1] != default}
+    rows = [(*pair, f"{each[0]:+.2f}{' *' * each[1]}") for pair, each in gains.items() if each is not None]
+    return table(("model", "kind", f"{default} is ahead by"), rows)
 
 
 def summary(runs: Mapping[str, Mapping[str, float]]) -> str:

@@ -39,7 +39,7 @@ _LATE = 0.97  # of the fit
 def main() -> None:
     study = Study("sharing", __doc__, LIMITS, taught=True)
     study.work(study.cases(KINDS, quick=(DEFAULT, PLAIN)), run)
-    study.tell(checks(study.runs))
+    study.tell(checks(study.runs), DEFAULT)
 
 
 def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:

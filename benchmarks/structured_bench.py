@@ -69,7 +69,7 @@ def main() -> None:
     for case in [] if study.options.report else map(Case.read, study.runs):
         if case.kind in (DEFAULT, TOGETHER) and case.seed == 0:  # its own process has the machine for itself
             study.results.add("latency", case.key, **latency(case, study.cache, study.options.rounds))
-    study.tell(checks(study.results.content))
+    study.tell(checks(study.results.content), DEFAULT)
 
 
 def run(case: Case, recipe: Recipe, cache: Path) -> dict[str, float]:
