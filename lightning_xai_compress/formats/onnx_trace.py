@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_xai_compress.errors import ArtifactError
 from lightning_xai_compress.formats.onnx_graph import clean
@@ -51,6 +51,7 @@ def trace(
     program = export_program(model, example, inputs, weights=weights)
     try:
         with quiet():
+            _four_axes(program)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -68,3 +69,31 @@ def trace(
     renamed = dict(zip(first, list(names.values())[len(weights) :], strict=True))
     clean(proto, names | results, prefix="model.", batched=[renamed[name] for name in batched_inputs(first)])
     return proto
+
+
+def _four_axes(program: torch.export.ExportedProgram) -> None:
+    """Give attention without an axis for heads one of size 1, in place: the exporter knows no other."""
+    graph, aten = program.graph, torch.ops.aten
+    for node in list(graph.nodes):
+        if node.target is not aten.scaled_dot_product_attention.default or node.meta["val"].dim() != 3:
+            continue
+        with graph.inserting_before(node):
+            tensors = [_applied(graph, aten.unsqueeze.default, each, -3) if _wide(each) else each for each in node.args]
+        result = node.meta["val"]
+        with graph.inserting_after(node):
+            flat = graph.call_function(aten.squeeze.dim, (node, -3))
+        flat.meta["val"] = result
+        node.replace_all_uses_with(flat, delete_user_cb=lambda user, own=flat: user is not own)
+        node.args, node.meta["val"] = tuple(tensors), result.unsqueeze(-3)
+    program.graph_module.recompile()
+
+
+def _wide(value: object) -> bool:
+    """Whether it has an axis for samples: a mask of two axes is for all of them."""
+    return isinstance(value, fx.Node) and value.meta["val"].dim() > 2
+
+
+def _applied(graph: fx.Graph, operation: Any, value: fx.Node, axis: int) -> fx.Node:
+    node = graph.call_function(operation, (value, axis))
+    node.meta["val"] = operation(value.meta["val"], axis)
+    return node

@@ -44,6 +44,35 @@ def test_sizes_in_which_the_examples_differ_are_dynamic(tmp_path):
     assert onnx_session(tmp_path / "m.onnx").get_inputs()[0].shape == ["batch", "dim_1", 6]
 
 
+class OneHead(nn.Module):
+    """Attention without an axis for heads."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.mask = mask
+
+    def forward(self, x):
+        mask = {"shared": torch.ones(5, 5).tril().bool(), "each": x[:, :, :1] * x[:, None, :, 1] > -1}.get(self.mask)
+        causal = self.mask == "causal"
+        return nn.functional.scaled_dot_product_attention(self.fc(x), x, 2 * x, mask, is_causal=causal, scale=0.3)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "shared", "each"])
+def test_attention_without_an_axis_for_heads_is_written(tmp_path, mask):
+    model = OneHead(mask)
+    inputs = torch.randn(3, 5, 6)
+
+    export(model, quantize(model, widths=(8,)), tmp_path / "m.onnx", [Inputs((inputs,))])
+
+    session = onnx_session(tmp_path / "m.onnx")
+    for batch in (inputs, inputs[:1], torch.randn(7, 5, 6)):
+        expected = model(batch)
+        assert expected.isfinite().all()
+        got = session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
+        np.testing.assert_allclose(got, expected.detach().numpy(), rtol=0, atol=1e-5)
+
+
 class Branches(nn.Module):
     """Keyword and nested inputs, constants, and outputs of every kind, under names that the graph uses too."""
 
