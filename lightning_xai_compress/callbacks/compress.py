@@ -121,7 +121,7 @@ class XAICompression(CompressionCallback):
             None if structure is None else ChannelPruning(channels, start=warmup, end=pruning_end, exclude=exclude)
         )
         self._budget = _budget(target_size, max_drop)
-        self._teacher = None if distillation is None else DenseTeacher(distillation)
+        self._teacher = None if distillation is None else DenseTeacher(distillation, start=warmup)
         self._export = CompressedExport(
             export_dir=export_dir, formats=formats, metric=metric, export=export, mode=mode, files=files
         )

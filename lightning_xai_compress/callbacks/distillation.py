@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_xai_compress.callbacks.base import CompressionCallback
+from lightning_xai_compress.callbacks.clock import Moment, check_moment
 from lightning_xai_compress.callbacks.precision import MixedPrecision
 from lightning_xai_compress.callbacks.pruning import RelevancePruning
 from lightning_xai_compress.callbacks.session import Session
@@ -80,15 +81,21 @@ class _Call:
 class DenseTeacher(CompressionCallback, Stage):
     """Distillation (Hinton, Vinyals & Dean 2015, arXiv 1503.02531) from the dense model.
 
-    When compression begins, the weights are copied. From then on that copy sees, in evaluation mode, every input of
-    the training, and in the backward pass of the loss the gradient at the logits z of n predictions becomes
-    (1 - w) g + w T (softmax(z / T) - softmax(t / T)) / n: that of (1 - w) loss + w T^2 KL(softmax(t / T) ||
+    When compression begins, or before it at `start`, the weights are copied. From then on that copy sees, in evaluation
+    mode, every input of the training, and in the backward pass of the loss the gradient at the logits z of n
+    predictions becomes (1 - w) g + w T (softmax(z / T) - softmax(t / T)) / n: that of (1 - w) loss + w T^2 KL(softmax(t / T) ||
     softmax(z / T)), with t the teacher's logits, w its weight and T the temperature. What `training_step` returns and
     logs stays as it is, its own loss. All predictions count, also those that a loss leaves out.
 
     To be used beside the stages that compress. The first batch of a fit shows which module gives the logits, and is not
     taught unless that is named. Costs a forward pass a batch and the memory of the dense weights, which checkpoints
     hold, too.
+
+    Args:
+        distillation: How much it teaches.
+        start: When the weights are copied if nothing has been compressed yet: epochs (whole number), a share of the
+            fit, or steps ("1500 steps"); None: not before. Weights in the middle of a schedule, at a high learning
+            rate, teach badly.
 
     Raises:
         ValueError: (in fit) no such submodule, no stage compresses, or a checkpoint of a compression without a teacher.
@@ -98,11 +105,13 @@ class DenseTeacher(CompressionCallback, Stage):
 
     rank: ClassVar[int] = 6
 
-    def __init__(self, distillation: Distillation | None = None) -> None:
+    def __init__(self, distillation: Distillation | None = None, *, start: Moment | None = None) -> None:
         super().__init__()
         if distillation is not None and not isinstance(distillation, Distillation):
             raise ValueError(f"distillation must be a Distillation(...), got {distillation!r}")
         self.distillation = distillation or Distillation()
+        self.start = None if start is None else check_moment("start of the teacher", start)
+        self._first: int | None = None  # batch
         self._weights: dict[str, Tensor] = {}  # of the teacher: parameters and buffers
         self._handles: list[RemovableHandle] = []
         self._calls: list[_Call] = []
@@ -132,6 +141,7 @@ class DenseTeacher(CompressionCallback, Stage):
                 "this fit goes on with weights that were compressed without a teacher, so the dense model is gone: "
                 "leave the distillation out, or go on from a checkpoint before compression began"
             )
+        self._first = None if self.start is None else session.clock.check("start of the teacher", self.start)
         self._fit, name = session, self.distillation.module
         if name is None:
             watched = {"": session.module, **dict(session.module.named_children())}
@@ -155,7 +165,7 @@ class DenseTeacher(CompressionCallback, Stage):
         self._move(session.module.device)
 
     def before_compression(self, session: Session, batch: int) -> None:
-        """Copy the dense model."""
+        """Copy the dense model, if it was not before."""
         if not self._weights:
             module, copies = session.module, _Copies()
             session.processes.share_buffers(module)
@@ -166,6 +176,8 @@ class DenseTeacher(CompressionCallback, Stage):
     def advance(self, session: Session, batch: int) -> None:
         """Nothing is under way."""
         self._calls.clear()
+        if self._first is not None and batch >= self._first and not session.stopped():
+            self.before_compression(session, batch)
 
     def after_batch(self, session: Session) -> None:
         """After the first batch it is known what gives the logits."""

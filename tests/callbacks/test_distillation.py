@@ -71,6 +71,34 @@ def test_the_teacher_is_the_dense_model_and_stays_what_it_was(tmp_path):
     assert (look.modules[-1]["first.weight"] == 0).any()
 
 
+def test_where_nothing_is_pruned_the_teacher_is_the_model_after_the_warm_up(tmp_path):
+    """Not the one of the first quantized batch, which may be in the middle of a schedule."""
+    ours = taught(tmp_path, warmup=1, sparsity=0.0)
+    look = Look(ours)
+
+    fit(tmp_path, [ours, look], model=ToyNet, max_epochs=6)
+
+    begun = next(index for index, each in enumerate(look.teachers) if each)
+    quantized = next(event for event in ours.report.history if event["event"] == "quantized")
+    assert begun == 4 < 4 * quantized["epoch"]
+    for name, value in look.modules[begun - 1].items():
+        assert torch.equal(look.teachers[-1][name], value), name
+
+
+def test_a_start_after_the_first_compressed_batch_is_too_late(tmp_path):
+    ours = taught(tmp_path, warmup=1)
+    ours._teacher.start = 3
+    look = Look(ours)
+
+    fit(tmp_path, [ours, look], model=ToyNet, max_epochs=6)
+
+    assert [bool(each) for each in look.teachers[:5]] == [False] * 4 + [True]
+    with pytest.raises(ValueError, match=r"start of the teacher=9 lies past the end of the fit"):
+        fit(tmp_path, [*taught(tmp_path, distillation=None).stages(), DenseTeacher(NAMED, start=9)], max_epochs=2)
+    with pytest.raises(ValueError, match="start of the teacher must not be negative"):
+        DenseTeacher(start=-1)
+
+
 def test_a_resumed_fit_has_the_teacher_of_the_first_one(tmp_path):
     whole, _ = fit(tmp_path, [taught(tmp_path, warmup=1)], model=Untaught, max_epochs=6)
     stopped = Stop(3, tmp_path / "third.ckpt")
