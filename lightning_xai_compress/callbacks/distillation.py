@@ -83,9 +83,10 @@ class DenseTeacher(CompressionCallback, Stage):
 
     When compression begins, or before it at `start`, the weights are copied. From then on that copy sees, in evaluation
     mode, every input of the training, and in the backward pass of the loss the gradient at the logits z of n
-    predictions becomes (1 - w) g + w T (softmax(z / T) - softmax(t / T)) / n: that of (1 - w) loss + w T^2 KL(softmax(t / T) ||
-    softmax(z / T)), with t the teacher's logits, w its weight and T the temperature. What `training_step` returns and
-    logs stays as it is, its own loss. All predictions count, also those that a loss leaves out.
+    predictions becomes (1 - w) g + w T (softmax(z / T) - softmax(t / T)) / n: that of (1 - w) loss +
+    w T^2 KL(softmax(t / T) || softmax(z / T)), with t the teacher's logits, w its weight and T the temperature. What
+    `training_step` returns and logs stays as it is, its own loss. All predictions count, also those that a loss leaves
+    out.
 
     To be used beside the stages that compress. The first batch of a fit shows which module gives the logits, and is not
     taught unless that is named. Costs a forward pass a batch and the memory of the dense weights, which checkpoints
