@@ -166,7 +166,11 @@ class DenseTeacher(CompressionCallback, Stage):
         self._move(session.module.device)
 
     def before_compression(self, session: Session, batch: int) -> None:
-        """Copy the dense model, if it was not before."""
+        """From here on the module is no longer dense."""
+        self._copy(session)
+
+    def _copy(self, session: Session) -> None:
+        """Keep the dense model, if there is none yet."""
         if not self._weights:
             module, copies = session.module, _Copies()
             session.processes.share_buffers(module)
@@ -178,7 +182,7 @@ class DenseTeacher(CompressionCallback, Stage):
         """Nothing is under way."""
         self._calls.clear()
         if self._first is not None and batch >= self._first and not session.stopped():
-            self.before_compression(session, batch)
+            self._copy(session)
 
     def after_batch(self, session: Session) -> None:
         """After the first batch it is known what gives the logits."""

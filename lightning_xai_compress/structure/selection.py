@@ -68,10 +68,9 @@ def select_channels(
             break
         cost.remove(block.group, len(block.channels))
         taken.append(block)
-    for block in _not_needed(taken, cost, share):
-        taken.remove(block)
+    needless = _not_needed(taken, cost, share)
     for block in taken:
-        removed[block.group][block.channels] = True
+        removed[block.group][block.channels] = block not in needless
     return removed
 
 
